@@ -1,0 +1,290 @@
+"""The DHR network (deep hierarchical reconstruction, arXiv 1812.04246) and its checkpoint.
+
+One encoder serves two heads. Level l of the encoder computes x_l = f_l(x_{l-1}); a bottleneck
+squeezes it to a latent z_l = relu(h_l(x_l)); a ladder of decoders rebuilds the input from the
+latents of every level. The logits y and the pooled latents z form the activation vector [y, z].
+"""
+
+import ctypes
+import os
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARCHITECTURES = ("fast", "vgg")
+LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
+CHECKPOINT_KEYS = {
+    "model_state_dict", "model_config", "known_classes", "mean", "std", "train_args", "epoch",
+    "val_accuracy", "seed", "versions", "git_commit",
+}  # fmt: skip
+
+
+class DHROutput(NamedTuple):
+    """What a `DHRNet` returns for a batch of N images.
+
+    Attributes:
+        logits: [N, num_classes], raw class scores y.
+        reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was skipped.
+        latents: one [N, 32, h_l, w_l] tensor a level, shallow to deep, all >= 0.
+    """
+
+    logits: Tensor
+    reconstruction: Tensor | None
+    latents: tuple[Tensor, ...]
+
+
+class DHRNet(nn.Module):
+    """Classifier with a second head that reconstructs its input through latents at every level.
+
+    `vgg` is the published CIFAR-10 network: 3x3 convolutions 64x2, 128x2, 256x4 with BN and ReLU,
+    each stage closed by 2x2 max pooling and dropout 0.25, two hidden layers of 1024 with dropout 0.5.
+    Mended from the released code and its ports: the reconstruction is linear (a normalised image is
+    negative half of the time), logits have no ReLU, and dropout is off in `eval()`.
+
+    `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
+    patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
+
+    Args:
+        num_classes: number of known classes K.
+        in_channels: 1 or 3.
+        image_size: height and width in pixels, at least 16.
+        arch: one of `ARCHITECTURES`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: paper section 3; the layer list follows the authors' released Chainer code.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, image_size: int = 32, arch: str = "fast"
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
+        if num_classes < 2 or in_channels not in (1, 3) or image_size < 16:
+            raise ValueError(
+                f"num_classes {num_classes}, in_channels {in_channels}, image_size {image_size}; "
+                "expected at least 2 classes, 1 or 3 channels and at least 16 pixels"
+            )
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "arch": arch,
+        }
+        self.register_buffer("mean", torch.zeros(in_channels))
+        self.register_buffer("std", torch.ones(in_channels))
+
+        self.stem: nn.Module
+        if arch == "vgg":
+            widths = lateral = [64, 128, 256]
+            sizes = [image_size // 2**level for level in range(4)]
+            self.stem = nn.Identity()
+            inputs = [in_channels, *widths[:-1]]
+            self.encoder = nn.ModuleList(map(_vgg_stage, inputs, widths, [2, 2, 4]))
+            self.head = nn.Sequential(
+                nn.Flatten(),
+                *(nn.Linear(256 * sizes[-1] ** 2, 1024), nn.ReLU(), nn.Dropout(0.5)),
+                *(nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.5)),
+                nn.Linear(1024, num_classes),
+            )
+        else:
+            widths, lateral = [64, 256, 256], [LATENT_CHANNELS] * 3
+            sizes = [image_size] + [(image_size - 1) // 2**level for level in (1, 2, 3)]
+            self.stem = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)  # whitens patches
+            self.stem.weight.requires_grad = False
+            inputs = [8 * in_channels, *widths[:-1]]
+            self.encoder = nn.ModuleList(map(_fast_stage, inputs, widths))
+            self.head = nn.Sequential(
+                nn.AdaptiveMaxPool2d(1),
+                nn.Flatten(),
+                nn.Linear(widths[-1], num_classes, bias=False),
+            )
+
+        self.bottlenecks = nn.ModuleList(
+            nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1) for width in widths
+        )
+        self.expansions = nn.ModuleList(
+            nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1) for width in lateral
+        )
+        # Level l's deconvolution grows sizes[l + 1] to sizes[l]: kernel 2 where that is a doubling,
+        # one or two more where pooling dropped odd pixels.
+        self.deconvs = nn.ModuleList(
+            nn.ConvTranspose2d(
+                lateral[level], out, sizes[level] - 2 * sizes[level + 1] + 2, stride=2
+            )
+            for level, out in enumerate([in_channels, *lateral[:-1]])
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Give each channel of [N, C, H, W] images, uint8 in 0..255 or float in 0..1, the training
+        set's zero mean and unit deviation."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def forward(self, images: Tensor, decode: bool = True) -> DHROutput:
+        """Classify and reconstruct images.
+
+        Args:
+            images: [N, C, H, W], uint8 in 0..255 or float in 0..1; normalised inside.
+            decode: False skips the decoder, which logits and latents do not need.
+
+        Raises:
+            ValueError: the images have another shape than the network was built for.
+        """
+        size = self.config["image_size"]
+        if tuple(images.shape[1:]) != (self.config["in_channels"], size, size):
+            raise ValueError(
+                f"images have shape {list(images.shape)}; expected "
+                f"[N, {self.config['in_channels']}, {size}, {size}]: resize or convert them"
+            )
+        x = self.stem(self.normalize(images))
+        latents = []
+        for stage, bottleneck in zip(self.encoder, self.bottlenecks, strict=True):
+            x = stage(x)
+            latents.append(F.relu(bottleneck(x)))
+        reconstruction = self.decode(latents) if decode else None
+        return DHROutput(self.head(x), reconstruction, tuple(latents))
+
+    def decode(self, latents: list[Tensor]) -> Tensor:
+        """Rebuild the normalised image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
+        x = self.deconvs[-1](self.expansions[-1](latents[-1]))
+        for level in range(len(latents) - 2, -1, -1):
+            x = self.deconvs[level](F.relu(x) + self.expansions[level](latents[level]))
+        return x
+
+    @torch.no_grad()
+    def fit_input_statistics(self, images: Tensor) -> None:
+        """Set the normalisation, and `fast`'s whitening filters, from training images.
+
+        The filters are the eigenvectors of the covariance of 2x2 patches, each over
+        sqrt(eigenvalue + 5e-4), and their negatives. Source: airbench.
+
+        Args:
+            images: [N, C, H, W] uint8.
+        """
+        pixels = images.transpose(0, 1).flatten(1).double() / 255
+        self.mean.copy_(pixels.mean(dim=1))
+        self.std.copy_(pixels.std(dim=1).clamp_min(1e-3))  # a constant channel stays finite
+        if isinstance(self.stem, nn.Conv2d):
+            patches = F.unfold(self.normalize(images), 2).transpose(1, 2).flatten(0, 1)
+            eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+            filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
+            filters = filters.reshape(-1, *self.stem.weight.shape[1:])
+            self.stem.weight.copy_(torch.cat([filters, -filters]))
+
+
+def _vgg_stage(in_channels: int, width: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers.append(nn.Conv2d(width if i else in_channels, width, 3, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Dropout(0.25))
+
+
+def _fast_stage(in_channels: int, width: int) -> nn.Sequential:
+    conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+    norm1, norm2 = nn.BatchNorm2d(width, momentum=0.4), nn.BatchNorm2d(width, momentum=0.4)
+    for conv, norm in ((conv1, norm1), (conv2, norm2)):
+        nn.init.dirac_(conv.weight.data[: conv.in_channels])  # the first filters start as identity
+        norm.weight.requires_grad = False  # gain 1, as in airbench
+    return nn.Sequential(conv1, nn.MaxPool2d(2), norm1, nn.GELU(), conv2, norm2, nn.GELU())
+
+
+def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:
+    """Choose the device, and bfloat16 where it has units for it.
+
+    Args:
+        name: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, …
+
+    Returns:
+        the device, and the autocast context to run the network in (disabled where there is no
+        bfloat16 unit).
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here; use --device cpu") from error
+    if device.type == "cpu":
+        _keep_freed_memory()
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    else:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory: each layer's output else costs a page fault every 4 KB."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: never map a large block on its own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never hand the top of the heap back
+
+
+def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:
+    """Write a checkpoint, tensors and primitives only, to a temporary file and rename it.
+
+    Args:
+        path: file to make or replace.
+        model: the network; its weights, configuration and normalisation are taken from it.
+        entries: the rest of `CHECKPOINT_KEYS`, and what else should travel.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    checkpoint = {
+        "model_state_dict": model.state_dict(),
+        "model_config": model.config,
+        "mean": model.mean,
+        "std": model.std,
+        **entries,
+    }
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
+    """Rebuild a network from its checkpoint.
+
+    Returns:
+        the network in evaluation mode on the CPU, and the whole checkpoint.
+
+    Raises:
+        ValueError: the file is not a whole checkpoint of this project; nothing in it is executed.
+        OSError: the file cannot be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = CHECKPOINT_KEYS - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        model = DHRNet(**checkpoint["model_config"])
+        model.load_state_dict(checkpoint["model_state_dict"])
+    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} is not a whole DHR checkpoint ({reason}); "
+            "use a file written by train_dhr_nn.py, or train a new one"
+        ) from error
+    return model.eval(), checkpoint

@@ -1,0 +1,190 @@
+"""OpenMax against a literal loop with libMR, recorded values, and its own promises."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial import distance as spd
+
+import openmax
+from openmax import DISTANCES, UNKNOWN, OpenMax, fit_tail, fit_tail_scipy, recalibrate
+
+libmr = pytest.importorskip("libmr") if openmax.libmr is not None else None
+needs_libmr = pytest.mark.skipif(libmr is None, reason="libMR is not installed")
+
+
+def make_activations(seed, num_classes=6, per_class=60, latents=9):
+    """Class-dependent [y, z] with some wrongly classified rows, and their labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(num_classes), per_class)
+    logits = rng.normal(size=(len(labels), num_classes)) + 3 * np.eye(num_classes)[labels]
+    z = np.maximum(rng.normal(size=(len(labels), latents)) + labels[:, None] / 3, 0)
+    return np.hstack([logits, z]), labels
+
+
+def loop_openmax(train, labels, images, tail_size, alpha, num_classes):
+    """The ports' computation, one image and one class at a time, every Weibull a live libMR object."""
+    mavs, models = [], []
+    for c in range(num_classes):
+        rows = [x for x, y in zip(train, labels) if y == c and np.argmax(x[:num_classes]) == c]
+        mavs.append(np.mean(rows, axis=0))
+        distances = [spd.euclidean(mavs[c], row) for row in rows]
+        models.append(libmr.MR())
+        models[c].fit_high(sorted(distances)[-tail_size:], tail_size)
+    probabilities = []
+    for x in images:
+        y = x[:num_classes]
+        w = [models[c].w_score(spd.euclidean(mavs[c], x)) for c in range(num_classes)]
+        if alpha == 0:
+            exp = [math.exp(v - max(y)) for v in y]
+            known = [e / sum(exp) * (1 - w[c]) for c, e in enumerate(exp)]
+            probabilities.append([*known, 1 - sum(known)])
+        else:
+            weights = [0.0] * num_classes
+            for rank, c in enumerate(np.argsort(y)[::-1][:alpha]):
+                weights[c] = (alpha - rank) / alpha
+            revised = [y[c] * (1 - w[c] * weights[c]) for c in range(num_classes)]
+            revised.append(sum(y[c] * w[c] * weights[c] for c in range(num_classes)))
+            exp = [math.exp(v - max(revised)) for v in revised]
+            probabilities.append([e / sum(exp) for e in exp])
+    return np.array(probabilities)
+
+
+@needs_libmr
+@pytest.mark.parametrize("alpha", [0, 1, 3, 6])
+@pytest.mark.parametrize("tail_size", [5, 20])
+def test_equals_literal_loop_with_libmr(alpha, tail_size):
+    train, labels = make_activations(0)
+    images, _ = make_activations(1)
+    images *= np.linspace(0.2, 2, len(images))[:, None]
+    model = OpenMax(tail_size, alpha).fit(train, labels)
+    expected = loop_openmax(train, labels, images, tail_size, alpha, 6)
+    assert np.abs(model.predict_proba(images) - expected).max() < 1e-12
+
+
+@needs_libmr
+def test_weibull_equals_recorded_libmr_value():
+    scale, shape, location = fit_tail(np.array([6.0, 8.0, 10.0]))
+    assert (scale, shape) == (3.387857964985435, 1.9212484258227571)
+    assert location == 5.0  # smallest - 1
+
+
+def test_scipy_engine_equals_recorded_libmr_value():
+    scale, shape = fit_tail_scipy(np.array([6.0, 8.0, 10.0]))
+    assert scale == pytest.approx(3.387857964985435, rel=2e-5)
+    assert shape == pytest.approx(1.9212484258227571, rel=2e-5)
+
+
+@needs_libmr
+@pytest.mark.parametrize("scale", [0.1, 1, 30])
+@pytest.mark.parametrize("tail_size", [5, 20, 200])
+def test_scipy_engine_equals_live_libmr(tail_size, scale):
+    for seed in range(20):
+        tail = np.random.default_rng(seed).gamma(2, scale, tail_size)
+        model = libmr.MR()
+        model.fit_high(tail.tolist(), tail_size)
+        assert fit_tail_scipy(tail) == pytest.approx(model.get_params()[:2], rel=2e-5)
+
+
+@needs_libmr
+def test_cdf_equals_live_libmr_w_score():
+    tail = np.random.default_rng(0).gamma(2, 1, 20)
+    model = libmr.MR()
+    model.fit_high(tail.tolist(), 20)
+    weibull = openmax.Weibull(*fit_tail(tail))
+    distances = np.linspace(-1, 30, 500)
+    expected = [model.w_score(d) for d in distances]
+    assert np.abs(weibull.cdf(distances) - expected).max() < 1e-15
+
+
+def test_whole_model_is_the_same_with_either_engine(monkeypatch):
+    train, labels = make_activations(0)
+    with_default = OpenMax().fit(train, labels).predict_proba(train)
+    monkeypatch.setattr(openmax, "libmr", None)
+    with_scipy = OpenMax().fit(train, labels).predict_proba(train)
+    assert np.abs(with_default - with_scipy).max() < 1e-5
+
+
+def test_mean_activations_use_correctly_classified_images_only():
+    train, labels = make_activations(0)
+    correct = train[:, :6].argmax(axis=1) == labels
+    assert not correct.all()
+    spoilt = train.copy()
+    spoilt[~correct, 6:] += 1e3
+    a, b = OpenMax().fit(train, labels), OpenMax().fit(spoilt, labels)
+    assert np.array_equal(a.mean_activations_, b.mean_activations_)
+    expected = [train[correct & (labels == c)].mean(axis=0) for c in range(6)]
+    assert a.mean_activations_ == pytest.approx(np.array(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("alpha", [0, 6])
+def test_permuting_classes_permutes_probabilities(distance, alpha):
+    train, labels = make_activations(2)
+    order = np.random.default_rng(0).permutation(6)
+    permuted = np.hstack([train[:, :6][:, order], train[:, 6:]])
+    a = OpenMax(20, alpha, distance).fit(train, labels).predict_proba(train)
+    b = OpenMax(20, alpha, distance).fit(permuted, np.argsort(order)[labels]).predict_proba(permuted)
+    assert np.abs(a[:, [*order, UNKNOWN]] - b).max() < 1e-9
+
+
+@pytest.mark.parametrize("alpha", [0, 4])
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e4))
+def test_rows_are_probabilities_at_any_scale(alpha, seed, scale):
+    rng = np.random.default_rng(seed)
+    logits = scale * rng.normal(size=(50, 4))
+    probabilities = recalibrate(logits, rng.uniform(size=(50, 4)), alpha)
+    assert np.isfinite(probabilities).all()
+    assert (probabilities >= -1e-12).all()
+    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-9)
+
+
+def test_no_tail_mass_reduces_to_softmax():
+    logits = np.random.default_rng(0).normal(size=(30, 5))
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert recalibrate(logits, np.zeros_like(logits))[:, :UNKNOWN] == pytest.approx(softmax)
+    with_unknown = recalibrate(logits, np.zeros_like(logits), alpha=5)
+    assert with_unknown[:, :UNKNOWN] / with_unknown[:, :UNKNOWN].sum(axis=1, keepdims=True) == (
+        pytest.approx(softmax)
+    )
+
+
+def test_batch_and_order_of_images_do_not_matter():
+    train, labels = make_activations(3)
+    images, _ = make_activations(4)
+    model = OpenMax().fit(train, labels)
+    together = model.predict_proba(images)
+    one_by_one = np.vstack([model.predict_proba(row[None]) for row in images[::-1]])[::-1]
+    assert np.array_equal(together, one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y, {"tail_size": 1000}), "tail_size is 1000; expected 5.."),
+        (lambda x, y: (x, y, {"tail_size": 3}), "tail_size is 3; expected 5.."),
+        (lambda x, y: (x, y, {"alpha": 7}), "alpha is 7; expected 0..6"),
+        (lambda x, y: (x, y, {"distance": "manhattan"}), "distance is 'manhattan'"),
+        (lambda x, y: (x, y[:-1], {}), "labels have shape"),
+        (lambda x, y: (x, y.astype(float), {}), "type float64"),
+        (lambda x, y: (x, y - 1, {}), r"labels lie in -1\.\.4"),
+        (lambda x, y: (x, y * 9, {}), "at most the 15 columns"),
+        (lambda x, y: (np.where(x > 3, np.nan, x), y, {}), "NaN or infinity"),
+        (lambda x, y: (x[:, 0], y, {}), "activations have shape"),
+        (lambda x, y: (x, np.where(y == 2, 3, y), {}), "of class 2"),  # a class without images
+        (lambda x, y: (np.where(y[:, None] == 1, x[60], x), y, {}), "class "),  # equal distances
+    ],
+)
+def test_fit_refuses_what_it_cannot_fit(change, message):
+    x, y, options = change(*make_activations(0))
+    with pytest.raises(ValueError, match=message):
+        OpenMax(**options).fit(x, y)
+
+
+@pytest.mark.parametrize("bad", [np.full(20, 3.0), np.array([1, 2, 3, np.nan, 5.0]), [1, np.inf, 2, 3, 4]])
+def test_tail_without_a_weibull_is_refused(bad):
+    with pytest.raises(ValueError, match="no Weibull fits"):
+        fit_tail(np.asarray(bad, float))

@@ -1,11 +1,11 @@
 """Turn a trained DHR network into an open-set recogniser with OpenMax, and measure it.
 
-    python compute_openmax.py                                 # dhr_net.pt on CIFAR-10 / TinyImageNet-crop
+    python compute_openmax.py                                 # dhr_net.pt, CIFAR-10 / TinyImageNet
     python compute_openmax.py --unknown svhn folder:my/images --json results.json
-    python compute_openmax.py --images photo.jpg holiday/     # known class, or unknown?
+    python compute_openmax.py --images photo.jpg holiday/     # a known class, or unknown?
 
-Activation vectors of all images are extracted once; five methods are fitted on correctly classified
-training images, get their threshold from validation images, and are compared on the test images.
+The network runs over every image once. Five methods are fitted on the training images, take their
+threshold from validation images of known classes, and are compared on the test images.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,25 +26,36 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from scipy.special import expit, softmax
-from torch import Tensor
 from tqdm import tqdm
 
 from metrics import Scores, open_set_metrics, threshold_accepting
-from models import DHRNet, load_checkpoint, prepare_device
+from models import LATENT_CHANNELS, DHRNet, load_checkpoint, prepare_device
 from open_set_data import (
-    HELD_OUT_CLASSES, UNKNOWN_SETS, ImageSet, ImagesUnavailable, image_files, load_known,
-    load_unknown, read_images,
-)  # fmt: skip
-from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, OpenMax
+    HELD_OUT_CLASSES,
+    UNKNOWN_SETS,
+    ImageSet,
+    ImagesUnavailable,
+    fit_to,
+    image_files,
+    load_known,
+    load_unknown,
+    read_images,
+)
+from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_ACTIVATIONS = HERE / "data" / "dhr_net_activations.npz"
-ACCEPTED_SHARE = 0.95  # of validation images, sets the threshold
+ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
-    "auroc": "AUROC", "aupr_known": "AUPR known", "aupr_unknown": "AUPR unknown",
-    "fpr_at_95_tpr": "FPR95", "detection_error": "det. error", "oscr": "OSCR",
-    "macro_f1": "macro-F1", "macro_f1_at_half": "F1 at 0.5",
-}  # fmt: skip
+    "auroc": "AUROC",
+    "aupr_known": "AUPR known",
+    "aupr_unknown": "AUPR unknown",
+    "fpr_at_95_tpr": "FPR95",
+    "detection_error": "det. error",
+    "oscr": "OSCR",
+    "macro_f1": "macro-F1",
+    "macro_f1_at_half": "F1 at 0.5",
+}
 
 
 class Activations(NamedTuple):
@@ -52,8 +64,8 @@ class Activations(NamedTuple):
     Attributes:
         labels: [N] int64 class indices, `UNKNOWN` for images of unknown classes.
         logits: [N, K] float32, y.
-        latents_max: [N, 32 L] float32, the latents of the L levels, shallow to deep, max-pooled over space.
-        latents_avg: [N, 32 L] float32, averaged over space.
+        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over space.
+        latents_avg: [N, 32 L] float32, the same averaged over space.
     """
 
     labels: np.ndarray
@@ -63,7 +75,7 @@ class Activations(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The settings of `openmax` and `crosr`; `OpenMax` explains them."""
+    """Settings of the OpenMax methods, named as the flags; `openmax.OpenMax` explains them."""
 
     latents: str
     distance: str
@@ -71,10 +83,11 @@ class Rule(NamedTuple):
     alpha: int
 
 
-Method = Callable[[Activations, Rule], Callable[[Activations], Scores]]
+# A method learns from training and validation images of known classes and returns its scoring rule.
+Scorer = Callable[[Activations], Scores]
 
 
-def msp(train: Activations, rule: Rule) -> Callable[[Activations], Scores]:
+def msp(train: Activations, val: Activations, rule: Rule) -> Scorer:
     """1 - the largest softmax probability (Hendrycks and Gimpel 2017)."""
 
     def score(images: Activations) -> Scores:
@@ -85,8 +98,8 @@ def msp(train: Activations, rule: Rule) -> Callable[[Activations], Scores]:
     return score
 
 
-def max_logit(train: Activations, rule: Rule) -> Callable[[Activations], Scores]:
-    """Minus the largest logit (Vaze et al. 2022); as one-vs-rest probabilities, the logits' sigmoids."""
+def max_logit(train: Activations, val: Activations, rule: Rule) -> Scorer:
+    """Minus the largest logit (Vaze et al. 2022); its probabilities are the logits' sigmoids."""
 
     def score(images: Activations) -> Scores:
         logits = images.logits.astype(np.float64)
@@ -96,42 +109,51 @@ def max_logit(train: Activations, rule: Rule) -> Callable[[Activations], Scores]
     return score
 
 
-def openmax(train: Activations, rule: Rule) -> Callable[[Activations], Scores]:
+def openmax(train: Activations, val: Activations, rule: Rule) -> Scorer:
     """OpenMax on the logits y (Bendale and Boult 2016)."""
-    return _fitted_openmax(rule, train.labels, train, lambda images: images.logits)
+    return crosr(train, val, rule._replace(latents="none"))
 
 
-def crosr(train: Activations, rule: Rule) -> Callable[[Activations], Scores]:
+def crosr(train: Activations, val: Activations, rule: Rule) -> Scorer:
     """OpenMax on [y, z] (Yoshihashi et al. 2019)."""
-
-    def vectors(images: Activations) -> np.ndarray:
-        latents = {"max": images.latents_max, "avg": images.latents_avg}.get(rule.latents)
-        return images.logits if latents is None else np.hstack([images.logits, latents])
-
-    return _fitted_openmax(rule, train.labels, train, vectors)
-
-
-def _fitted_openmax(
-    rule: Rule,
-    labels: np.ndarray,
-    train: Activations,
-    vectors: Callable[[Activations], np.ndarray],
-) -> Callable[[Activations], Scores]:
-    model = OpenMax(rule.tail_size, rule.alpha, rule.distance).fit(vectors(train), labels)
+    model = OpenMax(rule.tail_size, rule.alpha, rule.distance)
+    model.fit(activation_vectors(train, rule.latents), train.labels)
 
     def score(images: Activations) -> Scores:
-        probabilities = model.predict_proba(vectors(images))
+        probabilities = model.predict_proba(activation_vectors(images, rule.latents))
         return Scores(probabilities[:, UNKNOWN], probabilities)
 
     return score
 
 
-METHODS: dict[str, Method] = {
+def dhr_openmax(train: Activations, val: Activations, rule: Rule) -> Scorer:
+    """OpenMax on y, corrected by the latents of every level; only the tail size is taken from the rule."""
+    levels = train.latents_avg.shape[1] // LATENT_CHANNELS
+    model = DHROpenMax(levels, rule.tail_size)
+    model.fit(activation_vectors(train, "avg"), train.labels, activation_vectors(val, "avg"))
+
+    def score(images: Activations) -> Scores:
+        vectors = activation_vectors(images, "avg")
+        return Scores(model.decision_function(vectors), model.predict_proba(vectors))
+
+    return score
+
+
+METHODS: dict[str, Callable[[Activations, Activations, Rule], Scorer]] = {
     "msp": msp,
     "max_logit": max_logit,
     "openmax": openmax,
     "crosr": crosr,
+    "dhr_openmax": dhr_openmax,
 }
+
+
+def activation_vectors(images: Activations, latents: str) -> np.ndarray:
+    """[y, z] of N images, [N, K + 32 L], z pooled by `max` or `avg`; y alone for `none`."""
+    if latents == "none":
+        return images.logits
+    pooled = images.latents_max if latents == "max" else images.latents_avg
+    return np.hstack([images.logits, pooled])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -140,101 +162,131 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # fmt: off
     add = parser.add_argument
     add("--checkpoint", type=Path, default=HERE / "dhr_net.pt", metavar="PATH",
         help="written by train_dhr_nn.py (default: the shipped dhr_net.pt)")
     add("--data-dir", type=Path, default=HERE / "data", metavar="DIR",
         help="where image sets lie or are downloaded to (default data)")
     add("--unknown", nargs="+", metavar="NAME",
-        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; the classes "
-        "left out, for a checkpoint trained with --known-classes)")
+        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; or the "
+        "classes left out, for a network trained with --known-classes)")
     add("--images", nargs="+", type=Path, metavar="PATH",
-        help="classify these image files or folders instead of measuring")
+        help="say of these image files or folders what they show, instead of measuring")
     add("--latents", choices=("max", "avg", "none"), default="max",
         help="how crosr pools latents over space (default max, as published)")
     add("--distance", choices=DISTANCES, default="euclidean",
         help="of openmax and crosr to the MAV (default euclidean, as published)")
     add("--tail-size", type=int, default=20, metavar="N",
-        help="largest distances a class's Weibull is fitted to, at least 5 (default 20, as published)")
+        help="largest distances a Weibull is fitted to, 5 or more (default 20, as published)")
     add("--alpha", type=int, default=0, metavar="N",
-        help="top-ranked classes openmax and crosr revise, as in the papers' formula; 0 for the "
-        "released code's, without ranks (default 0)")
-    add("--json", type=Path, metavar="PATH", help="write the results there too")
-    add("--no-cache", action="store_true", help="neither read nor write DIR/cache")
+        help="top-ranked classes that openmax and crosr revise, as printed in the papers; "
+        "0 for the released code's form without ranks (default 0)")
+    add("--json", type=Path, metavar="PATH", help="write the results there too (default: do not)")
+    add("--no-cache", action="store_true",
+        help="extract all activations anew, and store none (default: DIR/cache)")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
     add("--batch-size", type=int, default=500, metavar="N",
-        help="images extracted at once (default 500)")
+        help="images the network sees at once (default 500)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the random crops and the noise images (default 0)")
-    add("--dry-run", action="store_true", help="check checkpoint and images, extract nothing")
-    return parser.parse_args(argv)  # fmt: skip
+    add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; expected at least 1")
+    return args
 
 
 @torch.no_grad()
 def extract(
     model: DHRNet,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: ImageSet,
     title: str,
     batch_size: int,
     device: torch.device,
     autocast: torch.autocast,
 ) -> Activations:
-    """Run the network, decoder skipped, over images [N, H, W, C] uint8."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    with tqdm(total=len(images), desc=title, unit="img", unit_scale=True, leave=False) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-            with autocast:
-                logits, _, latents = model(batch.permute(0, 3, 1, 2), decode=False)
-            latents_max = torch.cat([z.amax(dim=(2, 3)).float() for z in latents], dim=1)
-            latents_avg = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
-            parts.append((logits.float(), latents_max, latents_avg))
-            bar.update(len(batch))
-    return Activations(labels, *(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
+    """Run the network, decoder skipped, over an image set."""
+    parts: list[list[torch.Tensor]] = [[], [], []]
+    bar = tqdm(total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False)
+    for start in range(0, len(images.labels), batch_size):
+        batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
+        with autocast:
+            logits, _, latents = model(batch.permute(0, 3, 1, 2), decode=False)
+        parts[0].append(logits.float())
+        parts[1].append(torch.cat([z.amax(dim=(2, 3)).float() for z in latents], dim=1))
+        parts[2].append(torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1))
+        bar.update(len(batch))
+    bar.close()
+    return Activations(images.labels, *(torch.cat(part).cpu().numpy() for part in parts))
 
 
-def activations_of(
-    model: DHRNet,
-    name: str,
-    images: ImageSet,
-    checkpoint_hash: str,
-    args: argparse.Namespace,
-    device: torch.device,
-    autocast: torch.autocast,
-) -> Activations:
-    """Extract an image set, or take it from the cache when network and pixels are the same.
+def cached(path: Path, make: Callable[[], Activations]) -> Activations:
+    """The activations stored at `path`; made and stored where there are none, or damaged ones."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Activations(*(stored[field] for field in Activations._fields))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        print(f"{path} is damaged; made anew", file=sys.stderr)
+    activations = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: np.savez(file, **activations._asdict()))
+    return activations
 
-    The cache is one .npz a set; its name is a hash of checkpoint, images, labels and number format.
-    """
-    key = hashlib.sha256(checkpoint_hash.encode())
-    for part in (images.images, images.labels):
-        key.update(f"{part.shape} {part.dtype}".encode())
-        key.update(np.ascontiguousarray(part))
-    key.update(f"{device.type} {autocast._enabled} {torch.__version__} {Activations._fields}".encode())
-    path = args.data_dir / "cache" / f"{key.hexdigest()[:32]}.npz"
-    if not args.no_cache and path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return Activations(*(stored[field] for field in Activations._fields))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            print(f"{path} is damaged: extracting anew", file=sys.stderr)
-    result = extract(model, *images, name, args.batch_size, device, autocast)
-    if not args.no_cache:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda file: np.savez(file, **result._asdict()))
-    return result
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_key(checkpoint_hash: str, images: ImageSet, number_format: str) -> str:
+    """Hash of all that decides the activations: the network, the pixels, the arithmetic."""
+    key = hashlib.sha256(f"{checkpoint_hash} {number_format} {Activations._fields}".encode())
+    for array in images:
+        key.update(f"{array.shape} {array.dtype}".encode())
+        key.update(np.ascontiguousarray(array).data)
+    return key.hexdigest()[:32]
+
+
+def load_image_sets(
+    meta: dict[str, Any], names: Sequence[str], data_dir: Path, seed: int
+) -> dict[str, ImageSet]:
+    """The named sets: `train`, `val`, `test_known` of the checkpoint's data set, or unknown ones."""
+    known_classes = [name for name in meta["train_args"]["known_classes"].split(",") if name]
+    data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
+    sets = {}
+    for name in names:
+        if name in ("train", "val", "test_known"):
+            sets[name] = getattr(data, name)
+            continue
+        if name == HELD_OUT_CLASSES:
+            images = data.test_unknown
+        else:
+            config = meta["model_config"]
+            size, channels = config["image_size"], config["in_channels"]
+            images = load_unknown(name, data_dir, size, channels, seed)
+        sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
+    return sets
 
 
 def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
-    """The activation vectors of image sets that ship with the checkpoint, tied to it by its hash.
+    """Activations that ship with the checkpoint, tied to it by its hash.
 
     Raises:
-        ImagesUnavailable: they belong to another checkpoint, or a set is not among them.
+        ImagesUnavailable: they belong to another checkpoint, or lack one of the sets.
     """
     if not SHIPPED_ACTIVATIONS.exists():
-        raise ImagesUnavailable(f"no activation vectors ship in {SHIPPED_ACTIVATIONS}")
+        raise ImagesUnavailable("no activation vectors ship with the checkpoint")
     with np.load(SHIPPED_ACTIVATIONS, allow_pickle=False) as stored:
         if str(stored["checkpoint"]) != checkpoint_hash:
             raise ImagesUnavailable("the shipped activation vectors belong to another checkpoint")
@@ -247,84 +299,174 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
         }
 
 
-def load_image_sets(
-    meta: dict[str, Any], names: Sequence[str], data_dir: Path, seed: int
-) -> dict[str, ImageSet]:
-    """Images of `train`, `val`, `test_known` and of each unknown set among the names."""
-    config = meta["model_config"]
-    known_classes = [name for name in meta["train_args"]["known_classes"].split(",") if name]
-    data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
-    sets = {"train": data.train, "val": data.val, "test_known": data.test_known}
-    for name in names:
-        if name in sets:
-            continue
-        if name == HELD_OUT_CLASSES:
-            images = data.test_unknown
-        else:
-            images = load_unknown(
-                name, data_dir, config["image_size"], config["in_channels"], seed
-            )
-        sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
-    return {name: sets[name] for name in names}
+def print_table(known: str, methods: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One block an unknown set, one row a method, all in percent."""
+    for unknown in methods["msp"]:
+        print(f"\n{known} (known) against {unknown} (unknown), in %")
+        print(" " * 11 + "".join(f"{title:>14}" for title in TABLE_COLUMNS.values()))
+        for method, sets in methods.items():
+            row = (f"{100 * sets[unknown][column]:14.2f}" for column in TABLE_COLUMNS)
+            print(f"{method:11}" + "".join(row))
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """One block an unknown set, one row a method, in percent."""
-    for unknown in next(iter(results["methods"].values())):
-        header = "  ".join(f"{title:>12}" for title in TABLE_COLUMNS.values())
-        print(f"\n{results['known']} (known) against {unknown} (unknown), in %\n{'':12}{header}")
-        for method, sets in results["methods"].items():
-            row = "  ".join(f"{100 * sets[unknown][column]:12.2f}" for column in TABLE_COLUMNS)
-            print(f"{method:12}{row}")
+def name_predictions(
+    files: Sequence[Path], scores: Scores, threshold: float, classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """For each image the predicted class or `unknown`, its probability, and the nearest class."""
+    predicted = scores.predict(threshold)
+    return [
+        {
+            "path": str(file),
+            "prediction": "unknown" if label == UNKNOWN else classes[label],
+            "probability": float(probabilities[label]),
+            "nearest_class": classes[nearest],
+        }
+        for file, label, nearest, probabilities in zip(
+            files, predicted, scores.nearest_class, scores.probabilities, strict=True
+        )
+    ]
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file and rename it to `path`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def print_predictions(predictions: list[dict[str, Any]]) -> None:
+    print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
+    for row in predictions:
+        print(
+            f"{row['prediction']:16}{row['probability']:12.4f}  {row['nearest_class']:16}{row['path']}"
+        )
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    seconds = {}
-    clock = time.perf_counter()
+def software_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "libmr"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    text = json.dumps(results, indent=2) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+    print(f"\nwrote {path}")
+
+
+def run(args: argparse.Namespace) -> None:
+    clock = [time.perf_counter()]
+
+    def lap() -> float:
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
+    # The network
     device, autocast = prepare_device(args.device)
     model, meta = load_checkpoint(args.checkpoint)
     model.to(device, memory_format=torch.channels_last)
     checkpoint_hash = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+    classes, config = meta["known_classes"], meta["model_config"]
     print(
-        f"{args.checkpoint}: {meta['model_config']['arch']} DHR network of {len(meta['known_classes'])} "
-        f"classes, epoch {meta['epoch']}, validation accuracy {100 * meta['val_accuracy']:.2f} %"
+        f"{args.checkpoint}: {config['arch']} DHR network of {len(classes)} classes, "
+        f"epoch {meta['epoch']}, validation accuracy {100 * meta['val_accuracy']:.2f} %"
     )
     if WEIBULL_ENGINE != "libmr":
-        print("libMR is not installed: Weibulls are fitted with SciPy, equal to 1e-5")
+        print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
 
+    # Activation vectors of the image sets
     names = ["train", "val"]
     if not args.images:
         default = HELD_OUT_CLASSES if meta["train_args"]["known_classes"] else "tiny-imagenet-crop"
-        names += ["test_known", *(args.unknown or [default])]
+        names += ["test_known", *dict.fromkeys(args.unknown or [default])]
+    extract_set = partial(
+        extract, model, batch_size=args.batch_size, device=device, autocast=autocast
+    )
+    seconds = {}
     try:
         image_sets = load_image_sets(meta, names, args.data_dir, args.seed)
-        seconds["load"] = time.perf_counter() - clock
+        seconds["load"] = lap()
         if args.dry_run:
             for name, images in image_sets.items():
                 print(f"{name}: {len(images.labels):,} images")
-            print("dry run: nothing extracted")
             return
-        clock = time.perf_counter()
-        extractor = (checkpoint_hash, args, device, autocast)
-        sets = {name: activations_of(model, name, images, *extractor) for name, images in image_sets.items()}
-        origin = "extracted"
+        number_format = f"{device.type} bfloat16={autocast._enabled} torch {torch.__version__}"
+        sets, origin = {}, "extracted"
+        for name, images in image_sets.items():
+            make = partial(extract_set, images, name)
+            key = cache_key(checkpoint_hash, images, number_format)
+            path = args.data_dir / "cache" / f"{key}.npz"
+            sets[name] = make() if args.no_cache else cached(path, make)
     except ImagesUnavailable as error:
         try:
-            sets = shipped_activations(checkpoint_hash, names)
+            sets, origin = shipped_activations(checkpoint_hash, names), "shipped"
         except ImagesUnavailable as also:
             raise ImagesUnavailable(f"{error}; and {also}") from error
-        origin = "shipped"
-        seconds["load"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        print(f"{error}.\nUsing the activation vectors that ship with the checkpoint.")
+        print(f"{error}.\nUsing the activation vectors that ship with the checkpoint instead.")
+        seconds["load"] = lap()
+    seconds["extract"] = lap()
+
+    # Methods: fitted on training images, thresholds from validation images
+    rule = Rule(args.latents, args.distance, args.tail_size, args.alpha)
+    methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
+    scorers = {name: method(sets["train"], sets["val"], rule) for name, method in methods.items()}
+    thresholds = {
+        name: threshold_accepting(scorer(sets["val"]).unknownness, ACCEPTED_SHARE)
+        for name, scorer in scorers.items()
+    }
+    seconds["fit"] = lap()
+
+    results: dict[str, Any] = {
+        "checkpoint": {"path": str(args.checkpoint), "sha256": checkpoint_hash},
+        "known": meta["train_args"]["dataset"],
+        "activations": origin,
+    }
+    if args.images:
+        files = image_files(args.images)
+        pixels, read = read_images(files, config["image_size"])
+        pixels = fit_to(pixels, config["image_size"], config["in_channels"])
+        images = extract_set(ImageSet(pixels, np.full(len(read), UNKNOWN)), "images")
+        scores = scorers["dhr_openmax"](images)
+        results["images"] = name_predictions(
+            [files[i] for i in read], scores, thresholds["dhr_openmax"], classes
+        )
+        print_predictions(results["images"])
+    else:
+        known = {name: scorer(sets["test_known"]) for name, scorer in scorers.items()}
+        labels = sets["test_known"].labels
+        results["closed_set_accuracy"] = float(np.mean(known["msp"].nearest_class == labels))
+        results["methods"] = {
+            name: {
+                unknown: open_set_metrics(
+                    known[name], labels, scorer(sets[unknown]), thresholds[name]
+                )
+                for unknown in names[3:]
+            }
+            for name, scorer in scorers.items()
+        }
+        print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
+        print_table(results["known"], results["methods"])
+    seconds["score"] = lap()
+    print("\n" + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
+
+    if args.json:
+        results |= {
+            "openmax": {**rule._asdict(), "threshold": thresholds},
+            "seconds": seconds,
+            "versions": software_versions(),
+            "device": str(device),
+            "command": shlex.join(["python", "compute_openmax.py", *args.argv]),
+        }
+        write_json(args.json, results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(args)
+    except (ImagesUnavailable, ValueError, OSError) as error:
+        print(f"compute_openmax.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -57,8 +57,8 @@ def aupr_unknown(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
 
 def threshold_accepting(known_scores: ArrayLike, share: float = 0.95) -> float:
     """Smallest of the scores that accepts at least this share (0..1) of the known images."""
-    ordered = np.sort(_checked(known_scores, "known_scores"))
-    return float(ordered[max(0, int(np.ceil(share * len(ordered) - 1e-9)) - 1)])
+    scores = _checked(known_scores, "known_scores")
+    return float(np.quantile(scores, share, method="inverted_cdf"))
 
 
 def fpr_at_95_tpr(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
@@ -176,7 +176,9 @@ def _joined(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, 
 def _checked(scores: ArrayLike, name: str) -> Array:
     array = np.asarray(scores, np.float64)
     if array.ndim != 1 or not array.size:
-        raise ValueError(f"{name} has shape {array.shape}; expected one score an image, at least one")
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected one score an image, at least one"
+        )
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN; expected a number for every image")
     return array

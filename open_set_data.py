@@ -151,7 +151,7 @@ def load_unknown(
         raise ValueError(
             f"unknown set {name!r} is not one of {', '.join(UNKNOWN_SETS)} or folder:PATH"
         )
-    return _fit_to(images, image_size, channels)
+    return fit_to(images, image_size, channels)
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
@@ -357,7 +357,7 @@ def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np
     return images[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def _fit_to(images: np.ndarray, size: int, channels: int) -> np.ndarray:
+def fit_to(images: np.ndarray, size: int, channels: int) -> np.ndarray:
     """Scale to size x size pixels where needed, and repeat or average the colour channels."""
     if images.shape[1:3] != (size, size):
         scaled = [Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BILINEAR)

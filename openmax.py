@@ -6,14 +6,14 @@ a Weibull fitted to the largest distances seen among correctly classified traini
 (Yoshihashi et al. 2019) is the same on [y, z]: logits y and pooled latents z in one vector.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.spatial.distance import cdist
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.covariance import LedoitWolf
 
 try:
@@ -40,9 +40,13 @@ class Weibull(NamedTuple):
     location: Array
 
     def cdf(self, distances: ArrayLike) -> Array:
-        """Probability in 0..1 that a member of the class lies nearer; distances broadcast, e.g. [N, K]."""
+        """w in 0..1, the probability of not being a member; distances broadcast, e.g. [N, K]."""
+        return -np.expm1(-self.hazard(distances))
+
+    def hazard(self, distances: ArrayLike) -> Array:
+        """-log(1 - w) in 0..inf, which keeps telling large distances apart where w is 1 to the last digit."""
         reach = np.maximum(np.asarray(distances, np.float64) - self.location, 0)
-        return -np.expm1(-np.power(reach / self.scale, self.shape))
+        return np.power(reach / self.scale, self.shape)
 
 
 class OpenMax:
@@ -67,7 +71,7 @@ class OpenMax:
         self.alpha = alpha
         self.distance = distance
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> "OpenMax":  # noqa: N803
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "OpenMax":
         """Fit MAVs and tails.
 
         Args:
@@ -91,27 +95,30 @@ class OpenMax:
                 f"with K at most the {activations.shape[1]} columns of the activations"
             )
         if not 0 <= self.alpha <= num_classes:
-            raise ValueError(f"alpha is {self.alpha}; expected 0..{num_classes}, the number of classes")
+            raise ValueError(
+                f"alpha is {self.alpha}; expected 0..{num_classes}, the number of classes"
+            )
         correct = activations[:, :num_classes].argmax(axis=1) == labels
         activations, labels = activations[correct], labels[correct]
         counts = np.bincount(labels, minlength=num_classes)
-        if counts.min() < max(self.tail_size, MIN_TAIL_SIZE) or self.tail_size < MIN_TAIL_SIZE:
+        if counts.min() == 0:
             raise ValueError(
-                f"tail_size is {self.tail_size}; expected {MIN_TAIL_SIZE}..{counts.min()}, the number of "
-                f"correctly classified images of class {counts.argmin()}"
+                f"class {counts.argmin()} has no correctly classified image; train longer"
             )
         self.mean_activations_ = mean_activations(activations, labels, num_classes)
-        self._measure = _distance_function(
-            self.distance, activations - self.mean_activations_[labels]
-        )
-        self.weibull_ = fit_weibulls(self.distances(activations), labels, self.tail_size)
+        deviations = activations - self.mean_activations_[labels]
+        self.whitening_ = whitening(deviations) if self.distance == "mahalanobis" else None
+        distances = self.distances(activations)
+        own = [distances[labels == label, label] for label in range(num_classes)]
+        self.weibull_ = fit_weibulls(own, self.tail_size)
         return self
 
-    def distances(self, X: ArrayLike) -> Array:  # noqa: N803
+    def distances(self, X: ArrayLike) -> Array:
         """Distances [N, K] of activation vectors [N, D] to the K MAVs."""
-        return self._measure(_checked_activations(X), self.mean_activations_)
+        activations = _checked_activations(X)
+        return class_distances(activations, self.mean_activations_, self.distance, self.whitening_)
 
-    def predict_proba(self, X: ArrayLike) -> Array:  # noqa: N803
+    def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities [N, K + 1] of the known classes and, last, the unknown; rows sum to 1.
 
         Args:
@@ -122,6 +129,99 @@ class OpenMax:
         return recalibrate(activations[:, : not_member.shape[1]], not_member, self.alpha)
 
 
+class DHROpenMax:
+    """This project's rule: OpenMax on the logits, corrected by what the latents of each level say.
+
+    OpenMax runs on y with Mahalanobis distances and all classes ranked. Then, for each level l, the
+    Mahalanobis distance of the average-pooled latent z_l to its mean over the predicted class gives w_l,
+    from one Weibull a level fitted on held-out images of known classes. A known image lies that far out
+    with probability 1 - w_l, so the odds of unknown are multiplied by 1 / (1 - w_l):
+
+        log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset.
+
+    An image near its class at every level keeps its OpenMax odds; one with the wrong texture or
+    colours is unknown however sure the logits are. The offset makes the odds even where the accepted
+    share of held-out images is on the known side, so that p_unknown > 1/2 decides.
+
+    Args:
+        levels: number of levels L the latents split into.
+        tail_size: number of largest distances each Weibull is fitted to.
+        accepted_share: of held-out known images, in 0..1.
+    """
+
+    def __init__(self, levels: int = 3, tail_size: int = 20, accepted_share: float = 0.95) -> None:
+        self.levels = levels
+        self.tail_size = tail_size
+        self.accepted_share = accepted_share
+
+    def fit(self, X: ArrayLike, y: ArrayLike, held_out: ArrayLike) -> "DHROpenMax":
+        """Fit on training images, and the levels' Weibulls on held-out ones.
+
+        Args:
+            X: [N, K + L C] logits and, level by level, average-pooled latents of training images.
+            y: [N] int labels, 0..K-1, each class present.
+            held_out: [M, K + L C], likewise, of images the network was not trained on.
+
+        Raises:
+            ValueError: as `OpenMax.fit`; or the columns do not split into K and L equal parts.
+        """
+        activations, labels = _checked_activations(X), np.asarray(y)
+        num_classes = int(labels.max(initial=0)) + 1
+        if (activations.shape[1] - num_classes) % self.levels:
+            raise ValueError(
+                f"activations have {activations.shape[1]} columns; expected {num_classes} logits and "
+                f"{self.levels} equal levels of latents"
+            )
+        logits = activations[:, :num_classes]
+        self.openmax_ = OpenMax(self.tail_size, num_classes, "mahalanobis").fit(logits, labels)
+        correct = logits.argmax(axis=1) == labels
+        labels = labels[correct]
+        self.latent_means_, self.latent_whitening_ = [], []
+        for latents in self._split(activations[correct]):
+            means = mean_activations(latents, labels, num_classes)
+            self.latent_means_.append(means)
+            self.latent_whitening_.append(whitening(latents - means[labels]))
+        self.weibull_ = fit_weibulls(self.latent_distances(held_out).T, self.tail_size, "level")
+        self.offset_ = 0.0
+        odds = self.decision_function(held_out)
+        self.offset_ = np.quantile(odds, self.accepted_share, method="inverted_cdf")
+        return self
+
+    def _split(self, activations: Array) -> list[Array]:
+        return np.split(activations[:, len(self.openmax_.mean_activations_) :], self.levels, axis=1)
+
+    def _logits(self, X: ArrayLike) -> Array:
+        return _checked_activations(X)[:, : len(self.openmax_.mean_activations_)]
+
+    def latent_distances(self, X: ArrayLike) -> Array:
+        """Distances [N, L] of each level's latents to their mean over the predicted class."""
+        activations = _checked_activations(X)
+        num_classes = len(self.openmax_.mean_activations_)
+        predicted = activations[:, :num_classes].argmax(axis=1)
+        columns = []
+        for level, latents in enumerate(self._split(activations)):
+            factor = self.latent_whitening_[level]
+            offsets = (latents - self.latent_means_[level][predicted]) @ factor
+            columns.append(np.linalg.norm(offsets, axis=1))
+        return np.stack(columns, axis=1)
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """Log odds [N] of being unknown: above 0, more likely unknown than not."""
+        probabilities = self.openmax_.predict_proba(self._logits(X))
+        unknown, known = probabilities[:, UNKNOWN], probabilities[:, :UNKNOWN].sum(axis=1)
+        tiny = np.finfo(np.float64).tiny
+        log_odds = np.log(np.maximum(unknown, tiny)) - np.log(np.maximum(known, tiny))
+        hazard = self.weibull_.hazard(self.latent_distances(X)).sum(axis=1)
+        return log_odds + hazard - self.offset_
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        """Probabilities [N, K + 1] of the known classes and, last, the unknown; rows sum to 1."""
+        known = self.openmax_.predict_proba(self._logits(X))[:, :UNKNOWN]
+        known /= known.sum(axis=1, keepdims=True)
+        unknown = expit(self.decision_function(X))
+        return np.column_stack([known * (1 - unknown)[:, None], unknown])
+
+
 def mean_activations(activations: Array, labels: NDArray[np.int64], num_classes: int) -> Array:
     """Mean activation vector of each class, [K, D], from activations [N, D] and labels [N] in 0..K-1."""
     sums = np.zeros((num_classes, activations.shape[1]))
@@ -129,25 +229,29 @@ def mean_activations(activations: Array, labels: NDArray[np.int64], num_classes:
     return sums / np.bincount(labels, minlength=num_classes)[:, None]
 
 
-def fit_weibulls(distances: Array, labels: NDArray[np.int64], tail_size: int) -> Weibull:
-    """Fit each class's Weibull to the largest distances of its own images.
+def fit_weibulls(distances: Sequence[Array], tail_size: int, names: str = "class") -> Weibull:
+    """Fit one Weibull to the largest values of each array of distances.
 
     Args:
-        distances: [N, K] to every MAV.
-        labels: [N], each image's class.
+        distances: one 1-D array a class (or level).
         tail_size: how many of the largest.
+        names: what the arrays stand for, for the error line.
 
     Raises:
-        ValueError: a class's tail admits no Weibull, for example because its distances are all equal.
+        ValueError: an array has fewer values than the tail, or its tail admits no Weibull, for
+            example because all its distances are equal.
     """
     fits = []
-    for label in range(distances.shape[1]):
-        own = distances[labels == label, label]
-        tail = np.partition(own, len(own) - tail_size)[-tail_size:]
+    for index, values in enumerate(distances):
+        if not MIN_TAIL_SIZE <= tail_size <= len(values):
+            raise ValueError(
+                f"tail_size is {tail_size}; expected {MIN_TAIL_SIZE}..{len(values)}, the number of "
+                f"correctly classified images of {names} {index}"
+            )
         try:
-            fits.append(fit_tail(tail))
+            fits.append(fit_tail(np.partition(values, len(values) - tail_size)[-tail_size:]))
         except ValueError as error:
-            raise ValueError(f"class {label}: {error}") from error
+            raise ValueError(f"{names} {index}: {error}") from error
     return Weibull(*np.array(fits).T)
 
 
@@ -221,19 +325,36 @@ def recalibrate(logits: ArrayLike, not_member: ArrayLike, alpha: int = 0) -> Arr
     return softmax(np.column_stack([y * (1 - w), (y * w).sum(axis=1)]), axis=1)
 
 
-def _distance_function(name: str, deviations: Array) -> Callable[[Array, Array], Array]:
-    """The distance [N, D] x [K, D] -> [N, K]; mahalanobis takes its covariance from the deviations."""
-    if name == "euclidean":
-        return lambda a, b: cdist(a, b)
-    if name == "cosine":
-        return lambda a, b: cdist(a, b, "cosine")
-    if name == "eucos":
-        return lambda a, b: cdist(a, b) / EUCOS_SCALE + cdist(a, b, "cosine")
-    if name == "mahalanobis":
-        precision = LedoitWolf(assume_centered=True).fit(deviations).precision_
-        whitening = np.linalg.cholesky(precision)
-        return lambda a, b: cdist(a @ whitening, b @ whitening)
-    raise ValueError(f"distance is {name!r}; expected one of {', '.join(DISTANCES)}")
+def whitening(deviations: Array) -> Array:
+    """Factor W [D, D] with W W^T the inverse of the shrinkage covariance of deviations [N, D].
+
+    Source: Ledoit and Wolf 2004, scikit-learn's implementation.
+    """
+    precision = LedoitWolf(assume_centered=True).fit(deviations).precision_
+    return np.linalg.cholesky(precision)
+
+
+def class_distances(
+    activations: Array, means: Array, distance: str, factor: Array | None = None
+) -> Array:
+    """Distances [N, K] of activations [N, D] to class means [K, D].
+
+    Args:
+        activations: [N, D].
+        means: [K, D].
+        distance: one of `DISTANCES`.
+        factor: [D, D] of `whitening`, for `mahalanobis`.
+    """
+    if distance == "euclidean":
+        return cdist(activations, means)
+    if distance == "cosine":
+        return cdist(activations, means, "cosine")
+    if distance == "eucos":
+        euclidean = cdist(activations, means)
+        return euclidean / EUCOS_SCALE + cdist(activations, means, "cosine")
+    if distance == "mahalanobis":
+        return cdist(activations @ factor, means @ factor)
+    raise ValueError(f"distance is {distance!r}; expected one of {', '.join(DISTANCES)}")
 
 
 def _checked_activations(activations: ArrayLike) -> Array:

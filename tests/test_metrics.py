@@ -111,11 +111,15 @@ def test_expected_macro_f1_of_a_random_rejector():
     """reference figures: at FPR95 25 %, unknown spread evenly, 93 % closed-set accuracy: 0.806."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(10), 1000)
-    predictions = np.where(rng.random(10_000) < 0.93, labels, (labels + rng.integers(1, 10, 10_000)) % 10)
+    predictions = np.where(
+        rng.random(10_000) < 0.93, labels, (labels + rng.integers(1, 10, 10_000)) % 10
+    )
     predictions[rng.random(10_000) < 0.05] = UNKNOWN
     on_unknown = np.where(rng.random(10_000) < 0.25, rng.integers(0, 10, 10_000), UNKNOWN)
     truth = np.concatenate([labels, np.full(10_000, UNKNOWN)])
-    assert macro_f1(truth, np.concatenate([predictions, on_unknown]), 10) == pytest.approx(0.806, abs=0.005)
+    assert macro_f1(truth, np.concatenate([predictions, on_unknown]), 10) == pytest.approx(
+        0.806, abs=0.005
+    )
 
 
 def test_open_set_metrics_apply_the_given_threshold():
@@ -129,7 +133,9 @@ def test_open_set_metrics_apply_the_given_threshold():
     )
 
 
-@pytest.mark.parametrize("function", [auroc, aupr_known, aupr_unknown, fpr_at_95_tpr, detection_error])
+@pytest.mark.parametrize(
+    "function", [auroc, aupr_known, aupr_unknown, fpr_at_95_tpr, detection_error]
+)
 @pytest.mark.parametrize("bad", [[], [[0.1, 0.2]], [0.1, float("nan")]])
 def test_empty_nested_or_nan_scores_are_refused(function, bad):
     with pytest.raises(ValueError, match="scores"):

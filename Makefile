@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+evaluate: install  ## open-set metrics of the shipped network
+	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize
+
+train: install  ## train the shipped network again
+	$(BIN)/python train_dhr_nn.py
+
+test: install
+	$(BIN)/python -m pytest -q
+
+bench: install
+	$(BIN)/python benchmarks/bench_openmax.py
+
+install: .venv/installed
+
+# libMR goes last and may fail: without a C++ compiler, SciPy fits the same Weibulls.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q cython setuptools wheel
+	grep -v '^libmr' requirements.txt | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/pip install -q --group dev
+	$(BIN)/pip install -q --no-build-isolation -r requirements.txt \
+		|| echo "libMR could not be compiled here; going on without it (SciPy fits the Weibulls)"
+	touch $@
+
+.PHONY: evaluate train test bench install

@@ -64,7 +64,8 @@ class Activations(NamedTuple):
     Attributes:
         labels: [N] int64 class indices, `UNKNOWN` for images of unknown classes.
         logits: [N, K] float32, y.
-        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over space.
+        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over
+            space.
         latents_avg: [N, 32 L] float32, the same averaged over space.
     """
 
@@ -127,7 +128,7 @@ def crosr(train: Activations, val: Activations, rule: Rule) -> Scorer:
 
 
 def dhr_openmax(train: Activations, val: Activations, rule: Rule) -> Scorer:
-    """OpenMax on y, corrected by the latents of every level; only the tail size is taken from the rule."""
+    """OpenMax on y, corrected by the latents of each level; takes only the rule's tail size."""
     levels = train.latents_avg.shape[1] // LATENT_CHANNELS
     model = DHROpenMax(levels, rule.tail_size)
     model.fit(activation_vectors(train, "avg"), train.labels, activation_vectors(val, "avg"))
@@ -261,7 +262,7 @@ def cache_key(checkpoint_hash: str, images: ImageSet, number_format: str) -> str
 def load_image_sets(
     meta: dict[str, Any], names: Sequence[str], data_dir: Path, seed: int
 ) -> dict[str, ImageSet]:
-    """The named sets: `train`, `val`, `test_known` of the checkpoint's data set, or unknown ones."""
+    """The named sets: `train`, `val`, `test_known` of the checkpoint's data, or unknown ones."""
     known_classes = [name for name in meta["train_args"]["known_classes"].split(",") if name]
     data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
     sets = {}
@@ -331,7 +332,8 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
     print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     for row in predictions:
         print(
-            f"{row['prediction']:16}{row['probability']:12.4f}  {row['nearest_class']:16}{row['path']}"
+            f"{row['prediction']:16}{row['probability']:12.4f}  "
+            f"{row['nearest_class']:16}{row['path']}"
         )
 
 

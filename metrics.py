@@ -1,8 +1,8 @@
 """Open-set metrics on plain arrays.
 
-A score is unknownness: larger means more unknown, in every function, and arguments come in the order
-(known_scores, unknown_scores). Scores are 1-D float arrays of any range; an image is accepted as known
-when its score is at most the threshold.
+A score is unknownness: larger means more unknown, in every function, and arguments come in the
+order (known_scores, unknown_scores). Scores are 1-D float arrays of any range; an image is accepted
+as known when its score is at most the threshold.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,8 @@ class Scores(NamedTuple):
 
     Attributes:
         unknownness: [N], larger is more unknown.
-        probabilities: [N, K + 1] in 0..1, one-vs-rest, of the K known classes and, last, the unknown.
+        probabilities: [N, K + 1] in 0..1, one-vs-rest, of the K known classes and, last, the
+            unknown.
     """
 
     unknownness: Array
@@ -81,9 +82,9 @@ def detection_error(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float
 def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: ArrayLike) -> float:
     """Area in 0..1 under correct classification rate over false positive rate, exact under ties.
 
-    At a threshold t, CCR(t) is the share of known images that are accepted and correctly classified,
-    FPR(t) the share of unknown images accepted. The curve starts at (0, 0), ends at (1, closed-set
-    accuracy) and is integrated with trapezoids.
+    At a threshold t, CCR(t) is the share of known images that are accepted and correctly
+    classified, FPR(t) the share of unknown images accepted. The curve starts at (0, 0), ends at
+    (1, closed-set accuracy) and is integrated with trapezoids.
 
     Args:
         known_scores: [N].
@@ -141,8 +142,8 @@ def open_set_metrics(
         threshold: on unknownness, chosen without either.
 
     Returns:
-        `auroc`, `aupr_known`, `aupr_unknown`, `fpr_at_95_tpr`, `detection_error`, `oscr`, `macro_f1` (at
-        the threshold) and `macro_f1_at_half`.
+        `auroc`, `aupr_known`, `aupr_unknown`, `fpr_at_95_tpr`, `detection_error`, `oscr`,
+        `macro_f1` (at the threshold) and `macro_f1_at_half`.
     """
     pair = known.unknownness, unknown.unknownness
     known_labels = np.asarray(known_labels)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 ARCHITECTURES = ("fast", "vgg")
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
-CHECKPOINT_KEYS = {
-    "model_state_dict", "model_config", "known_classes", "mean", "std", "train_args", "epoch",
-    "val_accuracy", "seed", "versions", "git_commit",
+MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
+RUN_KEYS = {
+    "known_classes", "train_args", "epoch", "val_accuracy", "seed", "versions", "git_commit",
 }  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class DHROutput(NamedTuple):
 
     Attributes:
         logits: [N, num_classes], raw class scores y.
-        reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was skipped.
+        reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was
+            skipped.
         latents: one [N, 32, h_l, w_l] tensor a level, shallow to deep, all >= 0.
     """
 
@@ -41,9 +42,9 @@ class DHRNet(nn.Module):
     """Classifier with a second head that reconstructs its input through latents at every level.
 
     `vgg` is the published CIFAR-10 network: 3x3 convolutions 64x2, 128x2, 256x4 with BN and ReLU,
-    each stage closed by 2x2 max pooling and dropout 0.25, two hidden layers of 1024 with dropout 0.5.
-    Mended from the released code and its ports: the reconstruction is linear (a normalised image is
-    negative half of the time), logits have no ReLU, and dropout is off in `eval()`.
+    each stage closed by 2x2 max pooling and dropout 0.25, two hidden layers of 1024 with dropout
+    0.5. Mended from the released code and its ports: the reconstruction is linear (a
+    normalised image is negative half of the time), logits have no ReLU, dropout is off in `eval()`.
 
     `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
     patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
@@ -155,7 +156,7 @@ class DHRNet(nn.Module):
         return DHROutput(self.head(x), reconstruction, tuple(latents))
 
     def decode(self, latents: list[Tensor]) -> Tensor:
-        """Rebuild the normalised image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
+        """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
         x = self.deconvs[-1](self.expansions[-1](latents[-1]))
         for level in range(len(latents) - 2, -1, -1):
             x = self.deconvs[level](F.relu(x) + self.expansions[level](latents[level]))
@@ -243,7 +244,7 @@ def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:
     Args:
         path: file to make or replace.
         model: the network; its weights, configuration and normalisation are taken from it.
-        entries: the rest of `CHECKPOINT_KEYS`, and what else should travel.
+        entries: `RUN_KEYS`, which tell how it was trained, and what else should travel.
 
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
@@ -275,7 +276,7 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = CHECKPOINT_KEYS - checkpoint.keys()
+        missing = (MODEL_KEYS | RUN_KEYS) - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         model = DHRNet(**checkpoint["model_config"])

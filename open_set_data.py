@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -70,8 +71,8 @@ class KnownData(NamedTuple):
 
     Attributes:
         classes: names of the K known classes.
-        train, val, test_known: images of known classes. `val` is a fixed, stratified part of the training
-            images (250 a class, at most a tenth); the three share no image.
+        train, val, test_known: images of known classes. `val` is a fixed, stratified part of the
+            training images (250 a class, at most a tenth); the three share no image.
         test_unknown: test images [N, H, W, C] of the classes left out; none when all are known.
     """
 
@@ -125,10 +126,10 @@ def load_unknown(
 ) -> np.ndarray:
     """Load an image set of unknown classes, [N, image_size, image_size, channels] uint8.
 
-    `*-crop` sets are random patches of image_size pixels, `*-resize` and all other sets are scaled with
-    Pillow's antialiased bilinear filter (the published resized archives are aliased; they are used as
-    they are). TinyImageNet sets are its 10,000 test images; the published archive of crops, where that
-    is what lies in the data folder, is used with its frame cut off.
+    `*-crop` sets are random patches of image_size pixels, `*-resize` and all other sets are scaled
+    with Pillow's antialiased bilinear filter (the published resized archives are aliased; they are
+    used as they are). TinyImageNet sets are its 10,000 test images; the published archive of crops,
+    where that is what lies in the data folder, is used with its frame cut off.
 
     Args:
         name: one of `UNKNOWN_SETS`, or `folder:PATH` for any folder of images.
@@ -217,7 +218,7 @@ def _decode(stream: IO[bytes], size: int | None, frame: int) -> np.ndarray:
 
 
 def _with_network(name: str, data_dir: Path, read: Callable):  # type: ignore[no-untyped-def]
-    """Call `read`, which may download, and turn what can go wrong on the network into one exception."""
+    """Call `read`, which may download; turn what can go wrong on the network into one exception."""
     try:
         return read()
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
@@ -261,12 +262,12 @@ def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSe
 
 
 def _read_tiny_imagenet_classes(data_dir: Path) -> tuple[list[str], ImageSet, ImageSet]:
-    """The 200 classes: training images, and the validation images as test, whose labels are public."""
+    """The 200 classes; the validation images, whose labels are public, serve as test images."""
     root = _tiny_imagenet_root(data_dir)
     classes = (root / "wnids.txt").read_text().split()
     train_files = [sorted((root / "train" / c / "images").iterdir(), key=str) for c in classes]
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in train_files])
-    train = ImageSet(read_images(sum(train_files, []), None)[0], labels)
+    train = ImageSet(read_images(list(chain(*train_files)), None)[0], labels)
     rows = [
         line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
     ]
@@ -316,7 +317,7 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
 
 
 def _tiny_imagenet_test(data_dir: Path, download: bool = False) -> list[Path | zipfile.Path] | None:
-    """The TinyImageNet test files in order of their names, from the folder or straight from the zip."""
+    """The TinyImageNet test files in order of their names, from the folder or inside the zip."""
     folder = data_dir / "tiny-imagenet-200" / "test"
     if folder.is_dir():
         return list(image_files([folder]))

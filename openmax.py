@@ -1,9 +1,10 @@
 """OpenMax on plain arrays: mean activations, distances, Weibull tails, recalibrated probabilities.
 
-OpenMax (Bendale and Boult 2016) asks of every class how far an image's activation vector lies from the
-class's mean activation vector (MAV), and turns that distance into a probability w of not belonging, with
-a Weibull fitted to the largest distances seen among correctly classified training images. CROSR
-(Yoshihashi et al. 2019) is the same on [y, z]: logits y and pooled latents z in one vector.
+OpenMax (Bendale and Boult 2016) asks of every class how far an image's activation vector lies from
+the class's mean activation vector (MAV), and turns that distance into a probability w of not
+belonging, with a Weibull fitted to the largest distances seen among correctly classified training
+images. CROSR (Yoshihashi et al. 2019) is the same on [y, z]: logits y and pooled latents z in one
+vector.
 """
 
 from collections.abc import Sequence
@@ -44,22 +45,23 @@ class Weibull(NamedTuple):
         return -np.expm1(-self.hazard(distances))
 
     def hazard(self, distances: ArrayLike) -> Array:
-        """-log(1 - w) in 0..inf, which keeps telling large distances apart where w is 1 to the last digit."""
+        """-log(1 - w) in 0..inf, which tells distances apart where w is 1 to the last digit."""
         reach = np.maximum(np.asarray(distances, np.float64) - self.location, 0)
         return np.power(reach / self.scale, self.shape)
 
 
 class OpenMax:
-    """OpenMax with scikit-learn's conventions: X holds activation vectors whose first K columns are logits.
+    """OpenMax in scikit-learn's conventions, on activation vectors that begin with the K logits.
 
     Args:
-        tail_size: number of largest distances a class's Weibull is fitted to; CROSR's 20 by default.
-        alpha: 0 for the form of the released CROSR code, p = softmax(y) (1 - w), p_unknown = 1 - sum p.
-            A number from 1 to K for the form printed in both papers: among the alpha top-ranked
-            classes, the i-th (from 0) has w scaled by (alpha - i) / alpha; then y (1 - w) for
-            the known, and sum y w for the unknown, pass through the softmax.
-        distance: to the MAV, one of `DISTANCES`. `mahalanobis` uses one shrinkage covariance for all
-            classes (Ledoit and Wolf 2004).
+        tail_size: number of largest distances a class's Weibull is fitted to; CROSR's 20 by
+            default.
+        alpha: 0 for the form of the released CROSR code, p = softmax(y) (1 - w) and
+            p_unknown = 1 - sum p. A number from 1 to K for the form printed in both papers: among
+            the alpha top-ranked classes, the i-th (from 0) has w scaled by (alpha - i) / alpha, the
+            others by 0; then y (1 - w), and sum y w for the unknown, pass through the softmax.
+        distance: to the MAV, one of `DISTANCES`. `mahalanobis` uses one shrinkage covariance for
+            all classes (Ledoit and Wolf 2004).
 
     Attributes:
         mean_activations_: [K, D], over correctly classified images.
@@ -133,15 +135,15 @@ class DHROpenMax:
     """This project's rule: OpenMax on the logits, corrected by what the latents of each level say.
 
     OpenMax runs on y with Mahalanobis distances and all classes ranked. Then, for each level l, the
-    Mahalanobis distance of the average-pooled latent z_l to its mean over the predicted class gives w_l,
-    from one Weibull a level fitted on held-out images of known classes. A known image lies that far out
-    with probability 1 - w_l, so the odds of unknown are multiplied by 1 / (1 - w_l):
+    Mahalanobis distance of the average-pooled latent z_l to its mean over the predicted class gives
+    w_l, from one Weibull a level fitted on held-out images of known classes. A known image lies
+    that far out with probability 1 - w_l, so the odds of unknown are multiplied by 1 / (1 - w_l):
 
         log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset.
 
     An image near its class at every level keeps its OpenMax odds; one with the wrong texture or
-    colours is unknown however sure the logits are. The offset makes the odds even where the accepted
-    share of held-out images is on the known side, so that p_unknown > 1/2 decides.
+    colours is unknown however sure the logits are. The offset makes the odds even where the
+    accepted share of held-out images is on the known side, so that p_unknown > 1/2 decides.
 
     Args:
         levels: number of levels L the latents split into.
@@ -169,8 +171,8 @@ class DHROpenMax:
         num_classes = int(labels.max(initial=0)) + 1
         if (activations.shape[1] - num_classes) % self.levels:
             raise ValueError(
-                f"activations have {activations.shape[1]} columns; expected {num_classes} logits and "
-                f"{self.levels} equal levels of latents"
+                f"activations have {activations.shape[1]} columns; expected {num_classes} logits "
+                f"and {self.levels} equal levels of latents"
             )
         logits = activations[:, :num_classes]
         self.openmax_ = OpenMax(self.tail_size, num_classes, "mahalanobis").fit(logits, labels)
@@ -223,7 +225,7 @@ class DHROpenMax:
 
 
 def mean_activations(activations: Array, labels: NDArray[np.int64], num_classes: int) -> Array:
-    """Mean activation vector of each class, [K, D], from activations [N, D] and labels [N] in 0..K-1."""
+    """Mean activation vectors [K, D] from activations [N, D] and labels [N] in 0..K-1."""
     sums = np.zeros((num_classes, activations.shape[1]))
     np.add.at(sums, labels, activations)
     return sums / np.bincount(labels, minlength=num_classes)[:, None]
@@ -258,17 +260,17 @@ def fit_weibulls(distances: Sequence[Array], tail_size: int, names: str = "class
 def fit_tail(tail: Array) -> tuple[float, float, float]:
     """Maximum-likelihood Weibull (scale, shape, location) of a tail of distances.
 
-    The location is the smallest distance minus 1, libMR's translation, so the fit depends on the unit of
-    distance. libMR where it is installed, else `fit_tail_scipy`, which agrees to 1e-5.
+    The location is the smallest distance minus 1, libMR's translation, so the fit depends on the
+    unit of distance. libMR where it is installed, else `fit_tail_scipy`, which agrees to 1e-5.
 
     Raises:
         ValueError: the values are not finite, or no Weibull fits them.
     """
     if not np.isfinite(tail).all() or np.ptp(tail) == 0:
         raise ValueError(
-            f"no Weibull fits the {len(tail)} largest distances, from {np.min(tail)} to {np.max(tail)}; "
-            "expected finite and different ones: the activations carry too little, retrain or "
-            "leave the class out"
+            f"no Weibull fits the {len(tail)} largest distances, which go from {np.min(tail)} to "
+            f"{np.max(tail)}; expected finite and different ones: the activations carry too "
+            "little, train longer or leave the class out"
         )
     scale, shape = (_fit_libmr if libmr is not None else fit_tail_scipy)(tail)
     if not (np.isfinite([scale, shape]).all() and scale > 0 and shape > 0):

@@ -1,15 +1,16 @@
-"""Train a DHR network: a classifier that also reconstructs its input through latents at every level.
+"""Train a DHR network: a classifier that also reconstructs its input through latents.
 
     python train_dhr_nn.py                              # CIFAR-10; writes dhr_net.pt
     python train_dhr_nn.py --resume                     # go on where a stopped run was
     python train_dhr_nn.py --known-classes 0,1,2,3,4,5  # leave four classes unknown
 
-Images come from --data-dir or are downloaded. After every epoch the run is saved to OUT.partial; when
-it is done, OUT is written and OUT.partial removed, so OUT is always a whole, trained network.
+Images come from --data-dir or are downloaded. Every epoch is saved to OUT.partial; when the run is
+done, OUT is written and OUT.partial removed, so that OUT is always a whole, trained network.
 """
 
 import argparse
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -19,13 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models import ARCHITECTURES, DHRNet, load_checkpoint, prepare_device, save_checkpoint
+from models import ARCHITECTURES, RUN_KEYS, DHRNet, load_checkpoint, prepare_device, save_checkpoint
 from open_set_data import KNOWN_SETS, ImageSet, ImagesUnavailable, load_known
 
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
@@ -35,6 +35,10 @@ LABEL_SMOOTHING = 0.1
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.01, 0.05  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+STORED_ARGS = (
+    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
+    "seed",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,105 +47,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # fmt: off
     add = parser.add_argument
-    add(
-        "--dataset",
-        default="cifar10",
-        metavar="NAME",
-        help=f"{', '.join(KNOWN_SETS)}, or folder:PATH with one sub-folder a class (default cifar10)",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where image sets lie or are downloaded to (default data)",
-    )
-    add(
-        "--known-classes",
-        default="",
-        metavar="LIST",
-        help="names or indices, comma-separated; the others stay unknown (default: know all)",
-    )
-    add(
-        "--arch",
-        choices=ARCHITECTURES,
-        default="fast",
-        help="vgg is the published network (default fast)",
-    )
-    add(
-        "--epochs",
-        type=positive_int,
-        default=16,
-        metavar="N",
-        help="passes over the training images (default 16)",
-    )
-    add(
-        "--batch-size",
-        type=positive_int,
-        default=1000,
-        metavar="N",
-        help="images a step (default 1000)",
-    )
-    add(
-        "--lr",
-        type=positive_float,
-        default=0.2,
-        metavar="RATE",
-        help="peak rate of the convolutions' Muon steps; the other rates scale along (default 0.2)",
-    )
-    add(
-        "--reconstruction-weight",
-        type=non_negative_float,
-        default=1.0,
-        metavar="W",
-        help="weight of the reconstruction loss, 0 to switch it off (default 1)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of the initial weights, the batches and the augmentation (default 0)",
-    )
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("dhr_net.pt"),
-        metavar="PATH",
-        help="checkpoint to write (default dhr_net.pt)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from OUT.partial, with the settings stored there",
-    )
+    add("--dataset", default="cifar10", metavar="NAME",
+        help=f"{', '.join(KNOWN_SETS)}, or folder:PATH with one sub-folder of images a class "
+        "(default cifar10)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="where image sets lie or are downloaded to (default data)")
+    add("--known-classes", default="", metavar="LIST",
+        help="names or indices, comma-separated; the others stay unknown (default: know all)")
+    add("--arch", choices=ARCHITECTURES, default="fast",
+        help="vgg is the published network (default fast)")
+    add("--epochs", type=int, default=16, metavar="N",
+        help="passes over the training images, 1 or more (default 16)")
+    add("--batch-size", type=int, default=1000, metavar="N",
+        help="images a step, 2 or more (default 1000)")
+    add("--lr", type=float, default=0.2, metavar="RATE",
+        help="peak rate of Muon on the encoder, above 0; AdamW's rates follow it (default 0.2)")
+    add("--reconstruction-weight", type=float, default=1.0, metavar="W",
+        help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the initial weights, the batches and the augmentation (default 0)")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
+    add("--out", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
+        help="checkpoint to write (default dhr_net.pt)")
+    add("--resume", action="store_true",
+        help="go on from OUT.partial, with the settings stored in it")
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
-    return parser.parse_args(argv)  # fmt: skip
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return float(text)
-
-
-def non_negative_float(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return float(text)
+    # fmt: on
+    args = parser.parse_args(argv)
+    for flag, value, allowed in (
+        ("--epochs", args.epochs, args.epochs >= 1),
+        ("--batch-size", args.batch_size, args.batch_size >= 2),
+        ("--lr", args.lr, 0 < args.lr < math.inf),
+        ("--reconstruction-weight", args.reconstruction_weight,
+         0 <= args.reconstruction_weight < math.inf),
+        ("--seed", args.seed, 0 <= args.seed < 2**32),
+    ):  # fmt: skip
+        if not allowed:
+            parser.error(f"{flag} {value} is out of range; see --help")
+    return args
 
 
 class Muon(torch.optim.Optimizer):
@@ -245,7 +191,7 @@ def software_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this code, with `+` where files were changed since; empty outside a checkout."""
+    """This code's commit, `+` where files were changed since; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
                "--exclude=*", "--dirty=+"]  # fmt: skip
     try:
@@ -254,101 +200,99 @@ def git_commit() -> str:
         return ""
 
 
-def train(args: argparse.Namespace) -> None:
-    partial = args.out.with_name(args.out.name + ".partial")
-    resumed = None
-    if args.resume:
-        model, resumed = load_checkpoint(partial)
-        vars(args).update(
-            {**resumed["train_args"], "data_dir": args.data_dir, "device": args.device}
+def train(args: argparse.Namespace, partial: Path) -> None:
+    if not os.access(args.out.resolve().parent, os.W_OK):
+        raise ValueError(
+            f"{args.out}: cannot write there; name a file in a writable folder as --out"
         )
+    if args.resume:
+        if not partial.exists():
+            raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
+        model, saved = load_checkpoint(partial)
+        vars(args).update(saved["train_args"])
+    elif partial.exists() and not args.dry_run:
+        raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device, autocast = prepare_device(args.device)
 
+    # Data: one uint8 tensor on the device
     known_classes = [name for name in args.known_classes.split(",") if name]
     data = load_known(args.dataset, args.data_dir, known_classes)
-    train_images = torch.from_numpy(data.train.images).to(device)
-    train_labels = torch.from_numpy(data.train.labels).to(device)
-    count, size, _, channels = train_images.shape
+    images = torch.from_numpy(data.train.images).to(device)
+    labels = torch.from_numpy(data.train.labels).to(device)
+    count, size, _, channels = images.shape
     if args.batch_size > count:
-        raise ValueError(f"--batch-size {args.batch_size}: there are only {count} training images")
+        raise ValueError(f"--batch-size is {args.batch_size}; expected at most {count}, all images")
+    first_mirror = torch.rand(count, generator=torch.Generator().manual_seed(args.seed)) < 0.5
+    first_mirror = first_mirror.to(device)
 
+    # Network and optimisers
     torch.manual_seed(args.seed)
-    if resumed is None:
+    if not args.resume:
         model = DHRNet(len(data.classes), channels, size, args.arch)
         model.fit_input_statistics(torch.from_numpy(data.train.images[:5000]).permute(0, 3, 1, 2))
     model.to(device, memory_format=torch.channels_last)
     optimizers = build_optimizers(model, args.lr)
-    first_epoch = 0
-    if resumed is not None:
-        first_epoch = resumed["epoch"]
-        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+    first_epoch, steps = 0, count // args.batch_size
+    if args.resume:
+        first_epoch = saved["epoch"]
+        for optimizer, state in zip(optimizers, saved["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
-
-    steps_per_epoch = count // args.batch_size
-    total_steps = steps_per_epoch * args.epochs
-    mirrored_first = torch.rand(count, generator=torch.Generator().manual_seed(args.seed)) < 0.5
-    mirrored_first = mirrored_first.to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{args.arch} DHR network, {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{count:,} training images of {len(data.classes)} classes; {device}, "
-        f"{'bfloat16' if autocast._enabled else 'float32'}"
+        f"{args.arch} DHR network, {parameters:,} parameters, {len(data.classes)} classes; "
+        f"{count:,} training images; {device}, {'bfloat16' if autocast._enabled else 'float32'}"
     )
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
 
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
-        # A seed an epoch makes a resumed run draw what the uninterrupted one would have.
+        # Seeded anew each epoch, so that a resumed run draws what an uninterrupted one would have.
         torch.manual_seed(args.seed * 100_003 + epoch)
         generator = torch.Generator(device).manual_seed(args.seed * 100_003 + epoch)
         order = torch.randperm(count, generator=generator, device=device)
-        mirrored = mirrored_first ^ (epoch % 2 == 1)  # each image alternates: airbench
+        mirrored = first_mirror ^ (epoch % 2 == 1)  # every image alternates, as in airbench
         if args.dataset in NOT_MIRRORED:
             mirrored = torch.zeros_like(mirrored)
-        history = []
         model.train()
-        bar = tqdm(range(steps_per_epoch), f"epoch {epoch + 1}", unit="step", leave=False)
-        for step in bar:
-            index = order[step * args.batch_size :][: args.batch_size]
-            images = augment(train_images, index, mirrored[index], generator)
-            labels = train_labels[index]
-            scale = one_cycle(epoch * steps_per_epoch + step, total_steps)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * scale
+        history = []
+        for step in tqdm(range(steps), f"epoch {epoch + 1}", unit="step", leave=False):
+            share = one_cycle(epoch * steps + step, args.epochs * steps)
+            index = order[step * args.batch_size : (step + 1) * args.batch_size]
+            batch, target = augment(images, index, mirrored[index], generator), labels[index]
             with autocast:
-                logits, reconstruction, _ = model(images)
-                cross_entropy = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-                mse = F.mse_loss(reconstruction, model.normalize(images))
+                logits, reconstruction, _ = model(batch)
+                cross_entropy = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
+                mse = F.mse_loss(reconstruction, model.normalize(batch))
             (cross_entropy + args.reconstruction_weight * mse).backward()
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = share * group["peak_lr"]
                 optimizer.step()
                 optimizer.zero_grad()
-            train_accuracy = (logits.argmax(dim=1) == labels).float().mean()
-            history.append(torch.stack([cross_entropy, mse, train_accuracy]).detach())
+            correct = (logits.argmax(dim=1) == target).float().mean()
+            history.append(torch.stack([cross_entropy, mse, correct]).detach())
             if args.dry_run:
-                break
-        losses = torch.stack(history).cpu()
-        if not losses.isfinite().all():
-            bad = int((~losses.isfinite().all(dim=1)).nonzero()[0]) + 1
-            raise ValueError(
-                f"the loss is not finite at step {bad} of epoch {epoch + 1}: try a smaller --lr; "
-                f"{'no checkpoint was written' if epoch == 0 else f'{partial} holds the last epoch'}"
-            )
-        if args.dry_run:
-            print("dry run: one step taken, nothing written")
-            return
+                print("dry run: took one step, wrote nothing")
+                return
         seconds = time.perf_counter() - start
+        losses = torch.stack(history).double().cpu()
+        if not losses.isfinite().all():
+            bad_step = 1 + int((~losses.isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
+                + (f" ({partial} holds epoch {epoch})" if epoch else "")
+            )
         val_accuracy = accuracy(model, data.val, args.batch_size, device, autocast)
-        rate = steps_per_epoch * args.batch_size / seconds
-        entropy, error, train_accuracy = losses.mean(dim=0).tolist()
+        images_per_second = steps * args.batch_size / seconds
+        cross_entropy, mse, train_accuracy = losses.mean(dim=0).tolist()
         print(
-            f"{epoch + 1:5d}  {seconds:7.1f}  {rate:8.0f}  {args.lr * scale:6.4f}  {entropy:13.4f}  "
-            f"{error:6.4f}  {train_accuracy:9.4f}  {val_accuracy:7.4f}",
+            f"{epoch + 1:5d}  {seconds:7.1f}  {images_per_second:8.0f}  {share * args.lr:6.4f}  "
+            f"{cross_entropy:13.4f}  {mse:6.4f}  {train_accuracy:9.4f}  {val_accuracy:7.4f}",
             flush=True,
         )
-        entries = {
+        saved = {
             "known_classes": list(data.classes),
-            "train_args": {k: v for k, v in vars(args).items() if isinstance(v, str | int | float)},
+            "train_args": {name: getattr(args, name) for name in STORED_ARGS},
             "epoch": epoch + 1,
             "val_accuracy": val_accuracy,
             "seed": args.seed,
@@ -356,24 +300,29 @@ def train(args: argparse.Namespace) -> None:
             "git_commit": git_commit(),
         }
         states = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(partial, model, **entries, optimizers=states)
+        save_checkpoint(partial, model, **saved, optimizer_states=states)
 
+    entries = {name: saved[name] for name in RUN_KEYS}
     save_checkpoint(args.out, model, **entries)
     partial.unlink()
     test_accuracy = accuracy(model, data.test_known, args.batch_size, device, autocast)
     print(f"accuracy on the {len(data.test_known.labels):,} test images: {test_accuracy:.4f}")
-    print(
-        f"wrote {args.out}; next: python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}"
-    )
+    print(f"wrote {args.out}; measure it with")
+    print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    partial = args.out.with_name(f"{args.out.name}.partial")
     try:
-        train(args)
+        train(args, partial)
     except (ImagesUnavailable, ValueError, OSError) as error:
         print(f"train_dhr_nn.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = "add --resume to go on" if partial.exists() else "no epoch was complete"
+        print(f"\nstopped; {kept} ({partial})", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,5 +1,7 @@
 """Metrics against their definitions, scikit-learn, and cases worked out by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,8 +74,7 @@ def test_oscr_equals_a_sweep_over_thresholds_in_any_order(known, unknown, random
     for t in sorted({*known, *unknown}):
         ccr = sum(s <= t and ok for s, ok in zip(known, correct, strict=True)) / len(known)
         points.append((sum(s <= t for s in unknown) / len(unknown), ccr))
-    steps = zip(points, points[1:], strict=False)
-    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in steps)
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))
     assert oscr(known, correct, unknown) == pytest.approx(area)
     order = list(range(len(known)))
     random.shuffle(order)

@@ -11,7 +11,7 @@ from scipy.spatial import distance as spd
 import openmax
 from openmax import DISTANCES, UNKNOWN, OpenMax, fit_tail, fit_tail_scipy, recalibrate
 
-libmr = pytest.importorskip("libmr") if openmax.libmr is not None else None
+libmr = openmax.libmr
 needs_libmr = pytest.mark.skipif(libmr is None, reason="libMR is not installed")
 
 
@@ -25,10 +25,14 @@ def make_activations(seed, num_classes=6, per_class=60, latents=9):
 
 
 def loop_openmax(train, labels, images, tail_size, alpha, num_classes):
-    """The ports' computation, one image and one class at a time, every Weibull a live libMR object."""
+    """The ports' computation: one image, one class, one live libMR object at a time."""
     mavs, models = [], []
     for c in range(num_classes):
-        rows = [x for x, y in zip(train, labels) if y == c and np.argmax(x[:num_classes]) == c]
+        rows = [
+            x
+            for x, y in zip(train, labels, strict=True)
+            if y == c and np.argmax(x[:num_classes]) == c
+        ]
         mavs.append(np.mean(rows, axis=0))
         distances = [spd.euclidean(mavs[c], row) for row in rows]
         models.append(libmr.MR())

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -53,6 +53,9 @@ ODIN_ARCHIVE_OF = {
     "lsun-resize": "LSUN_resize.tar.gz",
     "isun": "iSUN.tar.gz",
 }
+
+
+T = TypeVar("T")
 
 
 class ImagesUnavailable(Exception):
@@ -98,7 +101,7 @@ def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> 
     if name.startswith("folder:"):
         all_classes, train, test = _read_class_folders(Path(name.removeprefix("folder:")))
     elif name in KNOWN_SETS:
-        all_classes, train, test = _with_network(
+        all_classes, train, test = _or_unavailable(
             name, data_dir, lambda: _read_known(name, data_dir)
         )
     else:
@@ -145,7 +148,7 @@ def load_unknown(
     if name.startswith("folder:"):
         images = read_images(image_files([Path(name.removeprefix("folder:"))]), image_size)[0]
     elif name in UNKNOWN_SETS:
-        images = _with_network(
+        images = _or_unavailable(
             name, data_dir, lambda: _read_unknown(name, data_dir, image_size, seed)
         )
     else:
@@ -217,17 +220,17 @@ def _decode(stream: IO[bytes], size: int | None, frame: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _with_network(name: str, data_dir: Path, read: Callable):  # type: ignore[no-untyped-def]
-    """Call `read`, which may download; turn what can go wrong on the network into one exception."""
+def _or_unavailable(name: str, data_dir: Path, read: Callable[[], T]) -> T:
+    """Call `read`, which may download, and say in one line what to do when that fails."""
     try:
         return read()
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, ConnectionError, TimeoutError, RuntimeError) as error:
+        # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
+        reason = " ".join(str(error).split())
         raise ImagesUnavailable(
-            f"{name}: not found under {data_dir}, and the download failed ({error}); "
-            f"connect to the network or put the files there (see data/README.md)"
+            f"{name} is not to be had from {data_dir} nor by download ({reason}); connect to the "
+            f"network or put the files there, see data/README.md"
         ) from error
-    except RuntimeError as error:  # how torchvision reports a wrong checksum or a damaged file
-        raise ImagesUnavailable(f"{name}: {error}; remove the file and run again") from error
 
 
 def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSet | None]:

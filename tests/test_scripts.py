@@ -1,0 +1,218 @@
+"""Both commands end to end on scikit-learn's digits: six known classes, four unknown."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compute_openmax
+import train_dhr_nn
+from metrics import open_set_metrics
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ["--dataset", "digits", "--known-classes", "0,1,2,3,4,5", "--batch-size", "100"]
+
+
+def train(out, *flags):
+    return train_dhr_nn.main([*TRAIN, "--device", "cpu", "--out", str(out), *flags])
+
+
+def evaluate(checkpoint, data_dir, *flags):
+    return compute_openmax.main(
+        ["--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--device", "cpu", *flags]
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_net(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "digits.pt"
+    assert train(path, "--epochs", "6") == 0
+    return path
+
+
+def test_train_then_evaluate(digits_net, tmp_path, capsys):
+    assert evaluate(digits_net, tmp_path, "--json", str(tmp_path / "results.json")) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["closed_set_accuracy"] > 0.9
+    assert results["activations"] == "extracted"
+    assert set(results["methods"]) == {"msp", "max_logit", "openmax", "crosr", "dhr_openmax"}
+    for method in results["methods"].values():
+        assert set(method) == {"held-out-classes"}
+        metrics = method["held-out-classes"]
+        assert set(metrics) == {
+            *("auroc", "aupr_known", "aupr_unknown", "fpr_at_95_tpr", "detection_error"),
+            *("oscr", "macro_f1", "macro_f1_at_half"),
+        }
+        assert all(0 <= value <= 1 for value in metrics.values())
+        assert metrics["auroc"] > 0.6
+    assert {"load", "extract", "fit", "score"} == set(results["seconds"])
+    assert "held-out-classes (unknown)" in capsys.readouterr().out
+
+
+def test_same_command_twice_gives_the_same_table(digits_net, tmp_path):
+    tables = []
+    for run, flags in enumerate([[], [], ["--no-cache"], ["--batch-size", "7", "--no-cache"]]):
+        path = tmp_path / f"{run}.json"
+        assert evaluate(digits_net, tmp_path, "--json", str(path), *flags) == 0
+        tables.append(json.loads(path.read_text())["methods"])
+    assert tables[0] == tables[1] == tables[2]
+    for method, sets in tables[3].items():
+        assert sets["held-out-classes"]["auroc"] == pytest.approx(
+            tables[0][method]["held-out-classes"]["auroc"], abs=0.01
+        )
+
+
+def test_damaged_cache_is_made_anew(digits_net, tmp_path, capsys):
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    assert evaluate(digits_net, tmp_path, "--json", str(first)) == 0
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert evaluate(digits_net, tmp_path, "--json", str(second)) == 0
+    assert capsys.readouterr().err.count("is damaged") == 4
+    assert json.loads(first.read_text())["methods"] == json.loads(second.read_text())["methods"]
+
+
+def test_no_test_or_unknown_image_reaches_fit_or_threshold(digits_net, tmp_path, monkeypatch):
+    """Other test and unknown images leave every method's scores of given images as they were."""
+    thresholds = []
+    load = compute_openmax.load_image_sets
+
+    def load_swapped(*args):
+        sets = load(*args)
+        for name in ("test_known", "held-out-classes"):
+            sets[name] = sets[name]._replace(images=255 - sets[name].images)
+        return sets
+
+    def measured(known, labels, unknown, threshold):
+        thresholds.append(threshold)
+        return open_set_metrics(known, labels, unknown, threshold)
+
+    monkeypatch.setattr(compute_openmax, "open_set_metrics", measured)
+    assert evaluate(digits_net, tmp_path) == 0
+    monkeypatch.setattr(compute_openmax, "load_image_sets", load_swapped)
+    assert evaluate(digits_net, tmp_path) == 0
+    assert thresholds[:5] == thresholds[5:]
+
+
+def test_own_images_get_a_class_or_unknown(digits_net, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"noise_{i}.png")
+    path = tmp_path / "results.json"
+    assert evaluate(digits_net, tmp_path, "--images", str(tmp_path), "--json", str(path)) == 0
+    predictions = json.loads(path.read_text())["images"]
+    assert [Path(row["path"]).name for row in predictions] == [f"noise_{i}.png" for i in range(3)]
+    for row in predictions:
+        assert row["prediction"] in {"unknown", "0", "1", "2", "3", "4", "5"}
+        assert row["nearest_class"] in {"0", "1", "2", "3", "4", "5"}
+        assert 0 <= row["probability"] <= 1
+        assert row["probability"] >= 0.5 or row["prediction"] != "unknown"
+    assert "noise_2.png" in capsys.readouterr().out
+
+
+class StopAfter:
+    """A save_checkpoint that interrupts training after some epochs, as Ctrl-C would."""
+
+    def __init__(self, epochs):
+        self.left, self.save = epochs, train_dhr_nn.save_checkpoint
+
+    def __call__(self, *args, **kwargs):
+        self.save(*args, **kwargs)
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("arch", ["fast", "vgg"])
+def test_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, capsys, arch):
+    whole, stopped = tmp_path / "whole.pt", tmp_path / "stopped.pt"
+    flags = ["--arch", arch, "--epochs", "3"]
+    assert train(whole, *flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dhr_nn, "save_checkpoint", StopAfter(1))
+        assert train(stopped, *flags) == 130
+    assert "add --resume" in capsys.readouterr().err
+    assert not stopped.exists()
+    assert train(stopped, *flags) == 1  # would lose the unfinished run
+    assert "go on with --resume" in capsys.readouterr().err
+    assert train(stopped, "--resume") == 0
+    a, b = (torch.load(path, weights_only=True)["model_state_dict"] for path in (whole, stopped))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped.pt", "whole.pt"]
+
+
+def test_infinite_loss_stops_and_names_the_step(tmp_path, capsys):
+    assert train(tmp_path / "net.pt", "--epochs", "2", "--lr", "1e30") == 1
+    assert "loss not finite at step" in capsys.readouterr().err
+    assert not (tmp_path / "net.pt").exists()
+
+
+def test_dry_runs_write_nothing(digits_net, tmp_path, capsys):
+    assert train(tmp_path / "net.pt", "--dry-run") == 0
+    assert evaluate(digits_net, tmp_path, "--dry-run") == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "held-out-classes: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tail-size", "100000"], "tail_size is 100000; expected 5.."),
+        (["--alpha", "7"], "alpha is 7; expected 0..6"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["--unknown", "folder:/nowhere"], "/nowhere: no such file or folder"),
+        (["--unknown", "nothing"], "unknown set 'nothing' is not one of"),
+        (["--images", "/nowhere.png"], "/nowhere.png: no such file or folder"),
+        (["--json", "/nowhere/results.json"], "/nowhere"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_1(
+    digits_net, tmp_path, capsys, flags, message
+):
+    assert evaluate(digits_net, tmp_path, *flags) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("compute_openmax.py: error: ")
+    assert message in error
+
+
+def test_missing_and_foreign_checkpoints_are_one_line(tmp_path, capsys):
+    assert evaluate(tmp_path / "absent.pt", tmp_path) == 1
+    assert "absent.pt" in capsys.readouterr().err
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
+    assert evaluate(tmp_path / "page.pt", tmp_path) == 1
+    assert "is not a whole DHR checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (train_dhr_nn.main, ["--epochs", "0"]),
+        (train_dhr_nn.main, ["--lr", "nan"]),
+        (train_dhr_nn.main, ["--epoch", "3"]),  # no abbreviations
+        (compute_openmax.main, ["--batch-size", "0"]),
+        (compute_openmax.main, ["--latents", "median"]),
+    ],
+)
+def test_bad_arguments_are_status_2(main, flags):
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
+
+
+def test_training_refuses_an_unwritable_place(tmp_path, capsys):
+    assert train(tmp_path / "absent" / "net.pt") == 1
+    assert "cannot write there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train_dhr_nn.py", "compute_openmax.py"])
+def test_help_of_every_flag_names_its_default(script):
+    result = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.count("default") >= 9

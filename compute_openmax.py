@@ -281,7 +281,7 @@ def load_image_sets(
 
 
 def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
-    """Activations that ship with the checkpoint, tied to it by its hash.
+    """Activations that ship with the checkpoint, tied to it by its hash; latents have 8 bits.
 
     Raises:
         ImagesUnavailable: they belong to another checkpoint, or lack one of the sets.
@@ -294,8 +294,18 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
         missing = [name for name in names if f"{name}/labels" not in stored]
         if missing:
             raise ImagesUnavailable(f"no activation vectors ship for {', '.join(missing)}")
+
+        def unpack(name: str, field: str) -> np.ndarray:
+            array = stored[f"{name}/{field}"]
+            if field == "labels":
+                return array.astype(np.int64)
+            if field == "logits":
+                return array.astype(np.float32)
+            low, high = stored[f"range/{field}"]
+            return low + array * ((high - low) / 255)
+
         return {
-            name: Activations(*(stored[f"{name}/{field}"] for field in Activations._fields))
+            name: Activations(*(unpack(name, field) for field in Activations._fields))
             for name in names
         }
 
@@ -359,6 +369,11 @@ def run(args: argparse.Namespace) -> None:
     def lap() -> float:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
+
+    if args.json and not os.access(args.json.resolve().parent, os.W_OK):
+        raise ValueError(
+            f"--json {args.json}: cannot write there; name a file in a writable folder"
+        )
 
     # The network
     device, autocast = prepare_device(args.device)

@@ -29,11 +29,11 @@ from models import ARCHITECTURES, RUN_KEYS, DHRNet, load_checkpoint, prepare_dev
 from open_set_data import KNOWN_SETS, ImageSet, ImagesUnavailable, load_known
 
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
-MAX_SHIFT = 2  # pixels, of the random translation
+MAX_SHIFT = 4  # pixels, of the random translation
 WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
 LABEL_SMOOTHING = 0.1
 MUON_MOMENTUM = 0.6
-ADAM_RATE, ADAM_BIAS_RATE = 0.01, 0.05  # as shares of --lr: matrices, and biases
+ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
 STORED_ARGS = (
     "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
@@ -58,8 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
         help="vgg is the published network (default fast)")
-    add("--epochs", type=int, default=16, metavar="N",
-        help="passes over the training images, 1 or more (default 16)")
+    add("--epochs", type=int, default=20, metavar="N",
+        help="passes over the training images, 1 or more (default 20)")
     add("--batch-size", type=int, default=1000, metavar="N",
         help="images a step, 2 or more (default 1000)")
     add("--lr", type=float, default=0.2, metavar="RATE",

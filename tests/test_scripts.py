@@ -132,7 +132,7 @@ class StopAfter:
 @pytest.mark.parametrize("arch", ["fast", "vgg"])
 def test_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, capsys, arch):
     whole, stopped = tmp_path / "whole.pt", tmp_path / "stopped.pt"
-    flags = ["--arch", arch, "--epochs", "3"]
+    flags = ["--arch", arch, "--epochs", "2", "--batch-size", "200"]
     assert train(whole, *flags) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train_dhr_nn, "save_checkpoint", StopAfter(1))

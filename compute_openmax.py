@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
     # The network
     device, autocast = prepare_device(args.device)
     model, meta = load_checkpoint(args.checkpoint)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     checkpoint_hash = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     classes, config = meta["known_classes"], meta["model_config"]
     print(
@@ -439,8 +439,8 @@ def run(args: argparse.Namespace) -> None:
         files = image_files(args.images)
         pixels, read = read_images(files, config["image_size"])
         pixels = fit_to(pixels, config["image_size"], config["in_channels"])
-        images = extract_set(ImageSet(pixels, np.full(len(read), UNKNOWN)), "images")
-        scores = scorers["dhr_openmax"](images)
+        own = extract_set(ImageSet(pixels, np.full(len(read), UNKNOWN)), "images")
+        scores = scorers["dhr_openmax"](own)
         results["images"] = name_predictions(
             [files[i] for i in read], scores, thresholds["dhr_openmax"], classes
         )

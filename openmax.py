@@ -96,6 +96,10 @@ class OpenMax:
                 f"labels lie in {labels.min()}..{labels.max()}; expected 0..K-1, "
                 f"with K at most the {activations.shape[1]} columns of the activations"
             )
+        if self.distance not in DISTANCES:
+            raise ValueError(
+                f"distance is {self.distance!r}; expected one of {', '.join(DISTANCES)}"
+            )
         if not 0 <= self.alpha <= num_classes:
             raise ValueError(
                 f"alpha is {self.alpha}; expected 0..{num_classes}, the number of classes"
@@ -183,7 +187,9 @@ class DHROpenMax:
             means = mean_activations(latents, labels, num_classes)
             self.latent_means_.append(means)
             self.latent_whitening_.append(whitening(latents - means[labels]))
-        self.weibull_ = fit_weibulls(self.latent_distances(held_out).T, self.tail_size, "level")
+        self.weibull_ = fit_weibulls(
+            list(self.latent_distances(held_out).T), self.tail_size, "level"
+        )
         self.offset_ = 0.0
         odds = self.decision_function(held_out)
         self.offset_ = np.quantile(odds, self.accepted_share, method="inverted_cdf")
@@ -219,7 +225,7 @@ class DHROpenMax:
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities [N, K + 1] of the known classes and, last, the unknown; rows sum to 1."""
         known = self.openmax_.predict_proba(self._logits(X))[:, :UNKNOWN]
-        known /= known.sum(axis=1, keepdims=True)
+        known /= np.maximum(known.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
         unknown = expit(self.decision_function(X))
         return np.column_stack([known * (1 - unknown)[:, None], unknown])
 
@@ -248,7 +254,7 @@ def fit_weibulls(distances: Sequence[Array], tail_size: int, names: str = "class
         if not MIN_TAIL_SIZE <= tail_size <= len(values):
             raise ValueError(
                 f"tail_size is {tail_size}; expected {MIN_TAIL_SIZE}..{len(values)}, the number of "
-                f"correctly classified images of {names} {index}"
+                f"images there are for {names} {index}"
             )
         try:
             fits.append(fit_tail(np.partition(values, len(values) - tail_size)[-tail_size:]))
@@ -346,17 +352,18 @@ def class_distances(
         means: [K, D].
         distance: one of `DISTANCES`.
         factor: [D, D] of `whitening`, for `mahalanobis`.
+
+    Raises:
+        ValueError: a cosine with an all-zero vector is asked for.
     """
-    if distance == "euclidean":
+    if factor is not None:
+        activations, means = activations @ factor, means @ factor
+    if distance in ("euclidean", "mahalanobis"):
         return cdist(activations, means)
-    if distance == "cosine":
-        return cdist(activations, means, "cosine")
-    if distance == "eucos":
-        euclidean = cdist(activations, means)
-        return euclidean / EUCOS_SCALE + cdist(activations, means, "cosine")
-    if distance == "mahalanobis":
-        return cdist(activations @ factor, means @ factor)
-    raise ValueError(f"distance is {distance!r}; expected one of {', '.join(DISTANCES)}")
+    cosine = cdist(activations, means, "cosine")
+    if np.isnan(cosine).any():
+        raise ValueError(f"distance {distance} is undefined for an all-zero activation vector")
+    return cosine if distance == "cosine" else cdist(activations, means) / EUCOS_SCALE + cosine
 
 
 def _checked_activations(activations: ArrayLike) -> Array:

@@ -230,7 +230,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     if not args.resume:
         model = DHRNet(len(data.classes), channels, size, args.arch)
         model.fit_input_statistics(torch.from_numpy(data.train.images[:5000]).permute(0, 3, 1, 2))
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     optimizers = build_optimizers(model, args.lr)
     first_epoch, steps = 0, count // args.batch_size
     if args.resume:

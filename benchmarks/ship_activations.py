@@ -42,7 +42,8 @@ def main() -> None:
             levels = (getattr(activations, field) - low) / np.maximum(high - low, 1e-12) * 255
             arrays[f"{name}/{field}"] = np.rint(levels).astype(np.uint8)
     script.replace_file(
-        script.SHIPPED_ACTIVATIONS, lambda file: np.savez_compressed(file, **arrays)
+        script.SHIPPED_ACTIVATIONS,
+        lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),
     )
     size = script.SHIPPED_ACTIVATIONS.stat().st_size / 1e6
     print(f"wrote {script.SHIPPED_ACTIVATIONS} ({size:.1f} MB)")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import distance as spd
+from sklearn.covariance import LedoitWolf
 
 import openmax
-from openmax import DISTANCES, UNKNOWN, OpenMax, fit_tail, fit_tail_scipy, recalibrate
+from openmax import DISTANCES, UNKNOWN, DHROpenMax, OpenMax, fit_tail, fit_tail_scipy, recalibrate
 
 libmr = openmax.libmr
 needs_libmr = pytest.mark.skipif(libmr is None, reason="libMR is not installed")
@@ -198,3 +199,71 @@ def test_fit_refuses_what_it_cannot_fit(change, message):
 def test_tail_without_a_weibull_is_refused(bad):
     with pytest.raises(ValueError, match="no Weibull fits"):
         fit_tail(np.asarray(bad, float))
+
+
+def test_cosine_with_an_all_zero_vector_is_refused():
+    train, labels = make_activations(0)
+    model = OpenMax(distance="cosine").fit(train, labels)
+    with pytest.raises(ValueError, match="all-zero"):
+        model.predict_proba(np.zeros_like(train))
+
+
+def make_levels(seed):
+    """Activation vectors of 6 logits and 3 levels of 4 latents."""
+    return make_activations(seed, latents=12)
+
+
+def test_dhr_openmax_equals_its_formula():
+    """log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset."""
+    (train, labels), (held_out, _), (images, _) = map(make_levels, range(3))
+    model = DHROpenMax().fit(train, labels, held_out)
+    openmax_y = OpenMax(20, alpha=6, distance="mahalanobis").fit(train[:, :6], labels)
+    correct = train[:, :6].argmax(axis=1) == labels
+
+    def log_odds(rows):
+        unknown = openmax_y.predict_proba(rows[:, :6])[:, UNKNOWN]
+        total = np.log(unknown / (1 - unknown))
+        for level in range(3):
+            columns = slice(6 + 4 * level, 10 + 4 * level)
+            z, own = train[correct, columns], labels[correct]
+            means = np.array([z[own == c].mean(axis=0) for c in range(6)])
+            inverse = LedoitWolf(assume_centered=True).fit(z - means[own]).precision_
+
+            def distances(x, means=means, inverse=inverse, columns=columns):
+                return [
+                    spd.mahalanobis(row[columns], means[row[:6].argmax()], inverse) for row in x
+                ]
+
+            weibull = openmax.Weibull(*fit_tail(np.sort(distances(held_out))[-20:]))
+            total -= np.log(1 - weibull.cdf(distances(rows)))
+        return total
+
+    offset = np.sort(log_odds(held_out))[int(np.ceil(0.95 * len(held_out))) - 1]
+    expected = log_odds(images) - offset
+    assert model.decision_function(images) == pytest.approx(expected, abs=1e-9)
+    probabilities = model.predict_proba(images)
+    assert probabilities[:, UNKNOWN] == pytest.approx(1 / (1 + np.exp(-expected)), abs=1e-12)
+    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-12)
+
+
+def test_dhr_openmax_accepts_the_given_share_of_held_out_images():
+    (train, labels), (held_out, _) = make_levels(0), make_levels(1)
+    model = DHROpenMax(accepted_share=0.9).fit(train, labels, held_out)
+    accepted = model.predict_proba(held_out)[:, UNKNOWN] <= 0.5
+    assert accepted.mean() == pytest.approx(0.9, abs=1 / len(held_out))
+
+
+def test_far_latents_make_an_image_unknown_whatever_the_logits():
+    (train, labels), (held_out, _) = make_levels(0), make_levels(1)
+    model = DHROpenMax().fit(train, labels, held_out)
+    far = train.copy()
+    far[:, 6:10] += 100
+    assert (model.predict_proba(far)[:, UNKNOWN] > 0.999).all()
+    extreme = np.hstack([1e4 * train[:, :6], train[:, 6:]])
+    assert np.isfinite(model.predict_proba(extreme)).all()
+
+
+def test_dhr_openmax_refuses_columns_that_do_not_split():
+    train, labels = make_levels(0)
+    with pytest.raises(ValueError, match="3 equal levels"):
+        DHROpenMax().fit(train[:, :-1], labels, train[:, :-1])

@@ -11,7 +11,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 bench: install
-	$(BIN)/python benchmarks/bench_openmax.py
+	$(BIN)/python benchmarks/bench.py
 
 install: .venv/installed
 

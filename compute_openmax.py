@@ -416,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
             sets, origin = shipped_activations(checkpoint_hash, names), "shipped"
         except ImagesUnavailable as also:
             raise ImagesUnavailable(f"{error}; and {also}") from error
-        print(f"{error}.\nUsing the activation vectors that ship with the checkpoint instead.")
+        print(f"{error}.\nUsing the activation vectors that ship with the checkpoint.")
         seconds["load"] = lap()
     seconds["extract"] = lap()
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,27 @@ def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Ge
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def training_step(
+    model: DHRNet,
+    optimizers: list[torch.optim.Optimizer],
+    images: Tensor,
+    labels: Tensor,
+    reconstruction_weight: float,
+    autocast: torch.autocast,
+) -> Tensor:
+    """Take one step on a batch; return its [cross-entropy, squared error, accuracy]."""
+    with autocast:
+        logits, reconstruction, _ = model(images)
+        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        mse = F.mse_loss(reconstruction, model.normalize(images))
+    (cross_entropy + reconstruction_weight * mse).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    return torch.stack([cross_entropy, mse, accuracy]).detach()
+
+
 @torch.no_grad()
 def accuracy(
     model: DHRNet, images: ImageSet, batch_size: int, device: torch.device, autocast: torch.autocast
@@ -259,18 +281,10 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             share = one_cycle(epoch * steps + step, args.epochs * steps)
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch, target = augment(images, index, mirrored[index], generator), labels[index]
-            with autocast:
-                logits, reconstruction, _ = model(batch)
-                cross_entropy = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
-                mse = F.mse_loss(reconstruction, model.normalize(batch))
-            (cross_entropy + args.reconstruction_weight * mse).backward()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = share * group["peak_lr"]
-                optimizer.step()
-                optimizer.zero_grad()
-            correct = (logits.argmax(dim=1) == target).float().mean()
-            history.append(torch.stack([cross_entropy, mse, correct]).detach())
+            for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
+                group["lr"] = share * group["peak_lr"]
+            weight = args.reconstruction_weight
+            history.append(training_step(model, optimizers, batch, target, weight, autocast))
             if args.dry_run:
                 print("dry run: took one step, wrote nothing")
                 return

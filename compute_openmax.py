@@ -43,8 +43,7 @@ from open_set_data import (
 )
 from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
 
-HERE = Path(__file__).resolve().parent
-SHIPPED_ACTIVATIONS = HERE / "data" / "dhr_net_activations.npz"
+SHIPPED_ACTIVATIONS = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
     "auroc": "AUROC",
@@ -165,9 +164,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     # fmt: off
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=HERE / "dhr_net.pt", metavar="PATH",
-        help="written by train_dhr_nn.py (default: the shipped dhr_net.pt)")
-    add("--data-dir", type=Path, default=HERE / "data", metavar="DIR",
+    add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
+        help="written by train_dhr_nn.py (default dhr_net.pt, as shipped)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="where image sets lie or are downloaded to (default data)")
     add("--unknown", nargs="+", metavar="NAME",
         help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; or the "

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import compute_openmax as script
 from models import load_checkpoint, prepare_device
@@ -22,11 +23,11 @@ UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize")
 
 
 def main() -> None:
-    path = script.HERE / "dhr_net.pt"
+    path = ROOT / "dhr_net.pt"
     model, meta = load_checkpoint(path)
     device, autocast = prepare_device("auto")
     names = ("train", "val", "test_known", *UNKNOWN_SETS)
-    image_sets = script.load_image_sets(meta, names, script.HERE / "data", seed=0)
+    image_sets = script.load_image_sets(meta, names, ROOT / "data", seed=0)
     extract = partial(script.extract, model, batch_size=500, device=device, autocast=autocast)
     sets = {name: extract(images, name) for name, images in image_sets.items()}
 

@@ -84,11 +84,10 @@ class DHRNet(nn.Module):
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
 
-        self.stem: nn.Module
         if arch == "vgg":
             widths = lateral = [64, 128, 256]
             sizes = [image_size // 2**level for level in range(4)]
-            self.stem = nn.Identity()
+            self.stem = nn.Sequential()
             inputs = [in_channels, *widths[:-1]]
             self.encoder = nn.ModuleList(map(_vgg_stage, inputs, widths, [2, 2, 4]))
             self.head = nn.Sequential(
@@ -100,8 +99,9 @@ class DHRNet(nn.Module):
         else:
             widths, lateral = [64, 256, 256], [LATENT_CHANNELS] * 3
             sizes = [image_size] + [(image_size - 1) // 2**level for level in (1, 2, 3)]
-            self.stem = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)  # whitens patches
-            self.stem.weight.requires_grad = False
+            whitening = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)
+            whitening.weight.requires_grad = False
+            self.stem = nn.Sequential(whitening, nn.GELU())
             inputs = [8 * in_channels, *widths[:-1]]
             self.encoder = nn.ModuleList(map(_fast_stage, inputs, widths))
             self.head = nn.Sequential(
@@ -175,12 +175,12 @@ class DHRNet(nn.Module):
         pixels = images.transpose(0, 1).flatten(1).double() / 255
         self.mean.copy_(pixels.mean(dim=1))
         self.std.copy_(pixels.std(dim=1).clamp_min(1e-3))  # a constant channel stays finite
-        if isinstance(self.stem, nn.Conv2d):
-            patches = F.unfold(self.normalize(images), 2).transpose(1, 2).flatten(0, 1)
-            eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-            filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
-            filters = filters.reshape(-1, *self.stem.weight.shape[1:])
-            self.stem.weight.copy_(torch.cat([filters, -filters]))
+        for layer in self.stem:
+            if isinstance(layer, nn.Conv2d):
+                patches = F.unfold(self.normalize(images), 2).transpose(1, 2).flatten(0, 1)
+                eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+                filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
+                layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
 def _vgg_stage(in_channels: int, width: int, depth: int) -> nn.Sequential:

@@ -300,10 +300,20 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
     """Activations that ship with the checkpoint, tied to it by its hash; latents have 8 bits.
 
     Raises:
-        ImagesUnavailable: they belong to another checkpoint, or lack one of the sets.
+        ImagesUnavailable: they belong to another checkpoint, lack one of the sets, or are damaged.
     """
     if not SHIPPED_ACTIVATIONS.exists():
         raise ImagesUnavailable("no activation vectors ship with the checkpoint")
+    try:
+        return read_shipped(checkpoint_hash, names)
+    except ImagesUnavailable:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise ImagesUnavailable(f"{SHIPPED_ACTIVATIONS} is damaged ({error})") from error
+
+
+def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
+    refuse_inflated(SHIPPED_ACTIVATIONS)
     with np.load(SHIPPED_ACTIVATIONS, allow_pickle=False) as stored:
         if str(stored["checkpoint"]) != checkpoint_hash:
             raise ImagesUnavailable("the shipped activation vectors belong to another checkpoint")

@@ -7,6 +7,7 @@ latents of every level. The logits y and the pooled latents z form the activatio
 
 import ctypes
 import glob
+import io
 import os
 import secrets
 import tempfile
@@ -265,7 +266,9 @@ def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:
         "std": model.std,
         **entries,
     }
-    replace_file(path, lambda file: torch.save(checkpoint, file))
+    buffer = io.BytesIO()  # torch would report a full disk as a RuntimeError about its format
+    torch.save(checkpoint, buffer)
+    replace_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -208,7 +208,7 @@ def read_images(
     Raises:
         ValueError: none of the files can be read.
     """
-    images, read = [], []
+    images, read, skipped = [], [], []
     with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for index, file in enumerate(tqdm(files, "read images", unit="img", leave=False, delay=1)):
@@ -217,17 +217,16 @@ def read_images(
                     images.append(_decode(stream, size, frame))
                 read.append(index)
             except Exception as error:  # Pillow raises almost anything on a damaged file
-                reason = " ".join(str(error).split())
-                if index - len(read) < MAX_NAMED:
-                    message = f"skipped {printable(file)}: not a readable image ({reason})"
-                    tqdm.write(message, file=sys.stderr)
+                reason = printable(" ".join(str(error).split()))
+                skipped.append(f"skipped {printable(file)}: not a readable image ({reason})")
+    for line in skipped[:MAX_NAMED]:
+        print(line, file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped):,} of {len(files):,} files are not readable images", file=sys.stderr)
     if not images:
         raise ValueError(
             f"{printable(files[0])} and {len(files) - 1} more files: none is a readable image"
         )
-    if len(read) < len(files):
-        unreadable = len(files) - len(read)
-        print(f"{unreadable:,} of {len(files):,} files are not readable images", file=sys.stderr)
     return np.stack(images), read
 
 
@@ -250,7 +249,7 @@ def _decode(stream: IO[bytes], size: int, frame: int) -> np.ndarray:
 
 def printable(path: object) -> str:
     """A path as it is, or quoted and escaped where bytes outside UTF-8 or line breaks are in it."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+    return text if (text := str(path)).isprintable() else repr(text)
 
 
 def _or_unavailable(name: str, data_dir: Path, read: Callable[[], T]) -> T:
@@ -395,7 +394,7 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 def _unpack(archive: Path, parts: Sequence[str]) -> None:
     """Unpack an archive aside, then move its parts beside it in turn, so that each is whole."""
-    with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
+    with tempfile.TemporaryDirectory(prefix="unpacking-", dir=archive.parent) as aside:
         # "data" refuses paths outside, links to there and devices; zips lose all three anyway.
         shutil.unpack_archive(archive, aside, filter=None if archive.suffix == ".zip" else "data")
         for part in parts:

@@ -231,7 +231,8 @@ def git_commit() -> str:
 
 
 def train(args: argparse.Namespace, partial: Path) -> None:
-    try_writing(args.out, CHECKPOINT_ROOM)
+    for path in (args.out, partial):
+        try_writing(path, CHECKPOINT_ROOM)
     if args.resume:
         if not partial.exists():
             raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")

@@ -10,18 +10,17 @@ threshold from validation images of known classes, and are compared on the test 
 
 import argparse
 import hashlib
+import inspect
 import json
-import os
 import platform
 import shlex
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,15 @@ from scipy.special import expit, softmax
 from tqdm import tqdm
 
 from metrics import Scores, open_set_metrics, threshold_accepting
-from models import LATENT_CHANNELS, DHRNet, load_checkpoint, prepare_device
+from models import (
+    LATENT_CHANNELS,
+    DHRNet,
+    load_checkpoint,
+    prepare_device,
+    refuse_inflated,
+    replace_file,
+    try_writing,
+)
 from open_set_data import (
     HELD_OUT_CLASSES,
     UNKNOWN_SETS,
@@ -39,6 +46,7 @@ from open_set_data import (
     image_files,
     load_known,
     load_unknown,
+    printable,
     read_images,
 )
 from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
@@ -223,35 +231,44 @@ def extract(
     return Activations(images.labels, *(torch.cat(part).cpu().numpy() for part in parts))
 
 
-def cached(path: Path, make: Callable[[], Activations]) -> Activations:
-    """The activations stored at `path`; made and stored where there are none, or damaged ones."""
+def cached(
+    path: Path, labels: np.ndarray, widths: Sequence[int], make: Callable[[], Activations]
+) -> Activations:
+    """The activations stored at `path`; made and stored where there are none, or damaged ones.
+
+    Args:
+        path: file in the cache.
+        labels: [N], the labels of the images.
+        widths: columns of the logits and of both latents.
+        make: makes them.
+    """
     try:
+        refuse_inflated(path)
         with np.load(path, allow_pickle=False) as stored:
-            return Activations(*(stored[field] for field in Activations._fields))
+            stored_labels, *arrays = (stored[field] for field in Activations._fields)
+        shapes = [(len(labels), width) for width in widths]
+        if not np.array_equal(stored_labels, labels) or [a.shape for a in arrays] != shapes:
+            raise ValueError("arrays of other images or another network")
+        if not all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays):
+            raise ValueError("arrays are not finite float32")
+        return Activations(labels, *arrays)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        print(f"{path} is damaged; made anew", file=sys.stderr)
+    except Exception as error:  # whatever is wrong with it, it can be made anew
+        print(f"{path} is damaged ({error}); made anew", file=sys.stderr)
     activations = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: np.savez(file, **activations._asdict()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda file: np.savez(file, **activations._asdict()))
+    except OSError as error:
+        print(f"{path} could not be stored ({error}); going on without", file=sys.stderr)
     return activations
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def cache_key(checkpoint_hash: str, images: ImageSet, number_format: str) -> str:
-    """Hash of all that decides the activations: the network, the pixels, the arithmetic."""
+    """Hash of all that decides the activations: network, pixels, arithmetic and this code."""
     key = hashlib.sha256(f"{checkpoint_hash} {number_format} {Activations._fields}".encode())
+    key.update(Path(inspect.getfile(DHRNet)).read_bytes() + inspect.getsource(extract).encode())
     for array in images:
         key.update(f"{array.shape} {array.dtype}".encode())
         key.update(np.ascontiguousarray(array).data)
@@ -283,10 +300,20 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
     """Activations that ship with the checkpoint, tied to it by its hash; latents have 8 bits.
 
     Raises:
-        ImagesUnavailable: they belong to another checkpoint, or lack one of the sets.
+        ImagesUnavailable: they belong to another checkpoint, lack one of the sets, or are damaged.
     """
     if not SHIPPED_ACTIVATIONS.exists():
         raise ImagesUnavailable("no activation vectors ship with the checkpoint")
+    try:
+        return read_shipped(checkpoint_hash, names)
+    except ImagesUnavailable:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise ImagesUnavailable(f"{SHIPPED_ACTIVATIONS} is damaged ({error})") from error
+
+
+def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
+    refuse_inflated(SHIPPED_ACTIVATIONS)
     with np.load(SHIPPED_ACTIVATIONS, allow_pickle=False) as stored:
         if str(stored["checkpoint"]) != checkpoint_hash:
             raise ImagesUnavailable("the shipped activation vectors belong to another checkpoint")
@@ -342,7 +369,7 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
     for row in predictions:
         print(
             f"{row['prediction']:16}{row['probability']:12.4f}  "
-            f"{row['nearest_class']:16}{row['path']}"
+            f"{row['nearest_class']:16}{printable(row['path'])}"
         )
 
 
@@ -369,10 +396,8 @@ def run(args: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    if args.json and not os.access(args.json.resolve().parent, os.W_OK):
-        raise ValueError(
-            f"--json {args.json}: cannot write there; name a file in a writable folder"
-        )
+    if args.json:
+        try_writing(args.json, 2**20)
 
     # The network
     device, autocast = prepare_device(args.device)
@@ -404,12 +429,13 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{name}: {len(images.labels):,} images")
             return
         number_format = f"{device.type} bfloat16={autocast._enabled} torch {torch.__version__}"
+        widths = [config["num_classes"], *[LATENT_CHANNELS * len(model.bottlenecks)] * 2]
         sets, origin = {}, "extracted"
         for name, images in image_sets.items():
             make = partial(extract_set, images, name)
             key = cache_key(checkpoint_hash, images, number_format)
             path = args.data_dir / "cache" / f"{key}.npz"
-            sets[name] = make() if args.no_cache else cached(path, make)
+            sets[name] = make() if args.no_cache else cached(path, images.labels, widths, make)
     except ImagesUnavailable as error:
         try:
             sets, origin = shipped_activations(checkpoint_hash, names), "shipped"
@@ -481,6 +507,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ImagesUnavailable, ValueError, OSError) as error:
         print(f"compute_openmax.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished image sets are in {args.data_dir / 'cache'}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,10 +6,17 @@ latents of every level. The logits y and the pooled latents z form the activatio
 """
 
 import ctypes
+import glob
+import io
 import os
-import pickle
+import secrets
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +24,8 @@ from torch import Tensor, nn
 
 ARCHITECTURES = ("fast", "vgg")
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
+MAX_IMAGE_SIZE = 1024
+MAX_INFLATION = 20  # bytes that a .pt or .npz file may claim for each one it has; ours stay below 4
 MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
 RUN_KEYS = {
     "known_classes", "train_args", "epoch", "val_accuracy", "seed", "versions", "git_commit",
@@ -52,7 +61,7 @@ class DHRNet(nn.Module):
     Args:
         num_classes: number of known classes K.
         in_channels: 1 or 3.
-        image_size: height and width in pixels, at least 16.
+        image_size: height and width in pixels, 16..1024.
         arch: one of `ARCHITECTURES`.
 
     Raises:
@@ -70,10 +79,11 @@ class DHRNet(nn.Module):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
-        if num_classes < 2 or in_channels not in (1, 3) or image_size < 16:
+        size_allowed = 16 <= image_size <= MAX_IMAGE_SIZE
+        if num_classes < 2 or in_channels not in (1, 3) or not size_allowed:
             raise ValueError(
                 f"num_classes {num_classes}, in_channels {in_channels}, image_size {image_size}; "
-                "expected at least 2 classes, 1 or 3 channels and at least 16 pixels"
+                f"expected at least 2 classes, 1 or 3 channels and 16..{MAX_IMAGE_SIZE} pixels"
             )
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
@@ -256,12 +266,60 @@ def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:
         "std": model.std,
         **entries,
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    buffer = io.BytesIO()  # torch would report a full disk as a RuntimeError about its format
+    torch.save(checkpoint, buffer)
+    replace_file(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`: killed at any moment, there is
+    the old file or the new one. What killed processes left behind goes after ten minutes."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        torch.save(checkpoint, temporary)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > 600:
+                leftover.unlink()
+
+
+def try_writing(path: Path, size: int) -> None:
+    """Write and remove a file of `size` bytes beside `path`; os.access says yes to root, and where
+    the disk is full.
+
+    Raises:
+        ValueError: `path` cannot be written, or there is no room.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        folder = path.resolve().parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{path.name}.", suffix=".tmp") as file:
+            file.write(bytes(size))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot write there ({error.strerror}); name a file in a writable folder "
+            f"with {size / 1e6:.0f} MB to spare"
+        ) from error
+
+
+def refuse_inflated(path: Path) -> None:
+    """Refuse a .pt or .npz file (both are zip archives) that would unpack to far more than it has.
+
+    Raises:
+        ValueError: it claims more than `MAX_INFLATION` times its size.
+        zipfile.BadZipFile: it is no zip archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+    if claimed > MAX_INFLATION * path.stat().st_size:
+        raise ValueError(f"it claims to hold {claimed:,} bytes")
 
 
 def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
@@ -275,14 +333,20 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
         OSError: the file cannot be read.
     """
     try:
+        refuse_inflated(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = (MODEL_KEYS | RUN_KEYS) - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        with torch.device("meta"):  # sizes without memory
+            weights = DHRNet(**checkpoint["model_config"]).state_dict().values()
+        if sum(weight.nbytes for weight in weights) > MAX_INFLATION * path.stat().st_size:
+            raise ValueError("its model_config asks for more weights than it holds")
         model = DHRNet(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can fail in any way
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{path} is not a whole DHR checkpoint ({reason}); "

@@ -5,8 +5,14 @@ folder (default `data/`); what is missing there is downloaded with a progress ba
 MD5. Sources, sizes and licences are listed in data/README.md.
 """
 
+import http.client
+import os
+import shutil
 import sys
+import tarfile
+import tempfile
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -16,7 +22,7 @@ from typing import IO, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
 
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
@@ -34,12 +40,15 @@ TEST_SHARE = 0.2  # of a data set that has no test split of its own
 SPLIT_SEED = 0  # val is the same for every training seed
 NOISE_COUNT = 10_000
 FOLDER_IMAGE_SIZE = 32
+MAX_NAMED = 10  # unreadable files named one by one; the rest are counted
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # EPS would run Ghostscript
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 TINY_IMAGENET = (
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
+TINY_IMAGENET_SIZE = 64
 ODIN_ARCHIVES = {  # file name: (MD5, folder of images, pixels of frame around each, dropbox id)
     "Imagenet.tar.gz": ("7c0827e4246c3718a5ee076e999e52e5", "Imagenet/test", 2, "avgm2u562itwpkl"),
     "LSUN.tar.gz": ("458a0a0ab8e5f1cb4516d7400568e460", "LSUN/test", 2, "fhtsw1m3qxlwj6h"),
@@ -167,7 +176,8 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            files += sorted(p for p in found if p.is_file() or p.is_symlink())
         elif path.is_file():
             files.append(path)
         else:
@@ -182,14 +192,14 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_images(
-    files: Sequence[Path | zipfile.Path], size: int | None, frame: int = 0
+    files: Sequence[Path | zipfile.Path], size: int, frame: int = 0
 ) -> tuple[np.ndarray, list[int]]:
     """Decode image files to one array, skipping unreadable ones with a line on stderr.
 
     Args:
-        files: JPEG, PNG, … files; any mode becomes RGB, EXIF rotation is applied.
-        size: scale to size x size pixels with Pillow's antialiased bilinear filter; None keeps the
-            pixels as they are, all files having one size.
+        files: JPEG, PNG, … files; any mode becomes RGB, with transparent pixels on white, 16 bits
+            scaled to 8, EXIF rotation applied, and of an animation the first frame.
+        size: scale to size x size pixels, where needed, with Pillow's antialiased bilinear filter.
         frame: pixels to cut off each side first.
 
     Returns:
@@ -198,33 +208,56 @@ def read_images(
     Raises:
         ValueError: none of the files can be read.
     """
-    images, read = [], []
-    for index, file in enumerate(tqdm(files, "read images", unit="img", leave=False, delay=1)):
-        try:
-            with file.open("rb") as stream:
-                images.append(_decode(stream, size, frame))
-            read.append(index)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            tqdm.write(f"skipped {file}: not a readable image ({error})", file=sys.stderr)
+    images, read, skipped = [], [], []
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for index, file in enumerate(tqdm(files, "read images", unit="img", leave=False, delay=1)):
+            try:
+                with file.open("rb") as stream:
+                    images.append(_decode(stream, size, frame))
+                read.append(index)
+            except Exception as error:  # Pillow raises almost anything on a damaged file
+                reason = printable(" ".join(str(error).split()))
+                skipped.append(f"skipped {printable(file)}: not a readable image ({reason})")
+    for line in skipped[:MAX_NAMED]:
+        print(line, file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped):,} of {len(files):,} files are not readable images", file=sys.stderr)
     if not images:
-        raise ValueError(f"{files[0]} and {len(files) - 1} more files: none is a readable image")
+        raise ValueError(
+            f"{printable(files[0])} and {len(files) - 1} more files: none is a readable image"
+        )
     return np.stack(images), read
 
 
-def _decode(stream: IO[bytes], size: int | None, frame: int) -> np.ndarray:
-    image = ImageOps.exif_transpose(Image.open(stream)).convert("RGB")
+def _decode(stream: IO[bytes], size: int, frame: int) -> np.ndarray:
+    image = ImageOps.exif_transpose(Image.open(stream, formats=IMAGE_FORMATS))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     if frame:
         image = image.crop((frame, frame, image.width - frame, image.height - frame))
-    if size is not None and image.size != (size, size):
+    if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def printable(path: object) -> str:
+    """A path as it is, or quoted and escaped where bytes outside UTF-8 or line breaks are in it."""
+    return text if (text := str(path)).isprintable() else repr(text)
 
 
 def _or_unavailable(name: str, data_dir: Path, read: Callable[[], T]) -> T:
     """Call `read`, which may download, and say in one line what to do when that fails."""
     try:
         return read()
-    except (urllib.error.URLError, ConnectionError, TimeoutError, RuntimeError) as error:
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException,
+            tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:  # fmt: skip
         # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
         reason = " ".join(str(error).split())
         raise ImagesUnavailable(
@@ -270,12 +303,15 @@ def _read_tiny_imagenet_classes(data_dir: Path) -> tuple[list[str], ImageSet, Im
     classes = (root / "wnids.txt").read_text().split()
     train_files = [sorted((root / "train" / c / "images").iterdir(), key=str) for c in classes]
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in train_files])
-    train = ImageSet(read_images(list(chain(*train_files)), None)[0], labels)
+    images, read = read_images(list(chain(*train_files)), TINY_IMAGENET_SIZE)
+    train = ImageSet(images, labels[read])
     rows = [
         line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
     ]
-    images, _ = read_images([root / "val" / "images" / row[0] for row in rows], None)
-    return classes, train, ImageSet(images, np.array([classes.index(row[1]) for row in rows]))
+    labels = np.array([classes.index(row[1]) for row in rows])
+    files = [root / "val" / "images" / row[0] for row in rows]
+    images, read = read_images(files, TINY_IMAGENET_SIZE)
+    return classes, train, ImageSet(images, labels[read])
 
 
 def _read_class_folders(root: Path) -> tuple[list[str], ImageSet, None]:
@@ -306,14 +342,14 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
         assert files is not None
         if name == "tiny-imagenet-resize":
             return read_images(files, image_size)[0]
-        return _random_crops(read_images(files, None)[0], image_size, rng)
+        return _random_crops(read_images(files, TINY_IMAGENET_SIZE)[0], image_size, rng)
     if name in ODIN_ARCHIVE_OF:
         return _read_odin_archive(ODIN_ARCHIVE_OF[name], data_dir)
     if name == "textures":
         textures = datasets.DTD(str(data_dir), "test", download=True)
         return read_images(textures._image_files, image_size)[0]
     if name == "cifar100" and (data_dir / "cifar100" / "test").is_dir():  # as image files
-        return read_images(image_files([data_dir / "cifar100" / "test"]), None)[0]
+        return read_images(image_files([data_dir / "cifar100" / "test"]), 32)[0]
     _, _, test = _read_known(name, data_dir)
     assert test is not None
     return test.images
@@ -326,7 +362,7 @@ def _tiny_imagenet_test(data_dir: Path, download: bool = False) -> list[Path | z
         return list(image_files([folder]))
     archive = data_dir / "tiny-imagenet-200.zip"
     if download:
-        download_url(TINY_IMAGENET[0], str(data_dir), archive.name, TINY_IMAGENET[1])
+        _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
     if not archive.exists():
         return None
     if not check_integrity(str(archive), TINY_IMAGENET[1]):
@@ -338,9 +374,34 @@ def _tiny_imagenet_test(data_dir: Path, download: bool = False) -> list[Path | z
 def _tiny_imagenet_root(data_dir: Path) -> Path:
     root = data_dir / "tiny-imagenet-200"
     if not (root / "wnids.txt").exists():
-        download_url(TINY_IMAGENET[0], str(data_dir), "tiny-imagenet-200.zip", TINY_IMAGENET[1])
-        extract_archive(str(data_dir / "tiny-imagenet-200.zip"), str(data_dir))
+        archive = data_dir / "tiny-imagenet-200.zip"
+        _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
+        _unpack(archive, [f"{root.name}/{part}" for part in ("train", "val", "wnids.txt")])
     return root
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    """Download what is not there yet; the name is given to nothing but the whole, right file."""
+    if check_integrity(str(path), md5):
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        download_url(url, str(path.parent), part.name, md5)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unpack(archive: Path, parts: Sequence[str]) -> None:
+    """Unpack an archive aside, then move its parts beside it in turn, so that each is whole."""
+    with tempfile.TemporaryDirectory(prefix="unpacking-", dir=archive.parent) as aside:
+        # "data" refuses paths outside, links to there and devices; zips lose all three anyway.
+        shutil.unpack_archive(archive, aside, filter=None if archive.suffix == ".zip" else "data")
+        for part in parts:
+            target = archive.parent / part
+            target.parent.mkdir(exist_ok=True)
+            if not target.exists():
+                os.replace(Path(aside) / part, target)
 
 
 def _read_odin_archive(archive: str, data_dir: Path) -> np.ndarray:
@@ -348,9 +409,9 @@ def _read_odin_archive(archive: str, data_dir: Path) -> np.ndarray:
     if not (data_dir / folder).is_dir():
         # A link without /raw/ would answer with an HTML page; the MD5 catches that too.
         url = f"https://www.dropbox.com/s/raw/{dropbox_id}/{archive}"
-        download_url(url, str(data_dir), archive, md5)  # returns at once for a good file
-        extract_archive(str(data_dir / archive), str(data_dir))
-    return read_images(image_files([data_dir / folder]), None, frame)[0]
+        _download(url, data_dir / archive, md5)
+        _unpack(data_dir / archive, [folder])
+    return read_images(image_files([data_dir / folder]), 32, frame)[0]
 
 
 def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

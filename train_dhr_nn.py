@@ -10,7 +10,6 @@ done, OUT is written and OUT.partial removed, so that OUT is always a whole, tra
 
 import argparse
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -26,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models import ARCHITECTURES, RUN_KEYS, DHRNet, load_checkpoint, prepare_device, save_checkpoint
+from models import (
+    ARCHITECTURES,
+    RUN_KEYS,
+    DHRNet,
+    load_checkpoint,
+    prepare_device,
+    save_checkpoint,
+    try_writing,
+)
 from open_set_data import KNOWN_SETS, ImageSet, ImagesUnavailable, load_known
 
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
@@ -36,6 +43,7 @@ LABEL_SMOOTHING = 0.1
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
 STORED_ARGS = (
     "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
     "seed",
@@ -223,15 +231,15 @@ def git_commit() -> str:
 
 
 def train(args: argparse.Namespace, partial: Path) -> None:
-    if not os.access(args.out.resolve().parent, os.W_OK):
-        raise ValueError(
-            f"{args.out}: cannot write there; name a file in a writable folder as --out"
-        )
+    for path in (args.out, partial):
+        try_writing(path, CHECKPOINT_ROOM)
     if args.resume:
         if not partial.exists():
             raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
         model, saved = load_checkpoint(partial)
-        vars(args).update(saved["train_args"])
+        if "optimizer_states" not in saved:
+            raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
+        vars(args).update({name: saved["train_args"][name] for name in STORED_ARGS})
     elif partial.exists() and not args.dry_run:
         raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device, autocast = prepare_device(args.device)
@@ -290,8 +298,9 @@ def train(args: argparse.Namespace, partial: Path) -> None:
                 return
         seconds = time.perf_counter() - start
         losses = torch.stack(history).double().cpu()
-        if not losses.isfinite().all():
-            bad_step = 1 + int((~losses.isfinite()).any(dim=1).nonzero()[0])
+        bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
+        if len(bad_steps) or not all(w.isfinite().all() for w in model.state_dict().values()):
+            bad_step = 1 + int(bad_steps[0]) if len(bad_steps) else steps  # the last broke weights
             raise ValueError(
                 f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
                 + (f" ({partial} holds epoch {epoch})" if epoch else "")
@@ -327,7 +336,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    partial = args.out.with_name(f"{args.out.name}.partial")
+    partial = Path(f"{args.out}.partial")
     try:
         train(args, partial)
     except (ImagesUnavailable, ValueError, OSError) as error:

@@ -206,7 +206,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated a quarter turn clockwise
     picture(0, (32, 32)).save(tmp_path / "turned.png", exif=exif)
-    images, _ = read_images([tmp_path / "turned.png"], None)
+    images, _ = read_images([tmp_path / "turned.png"], 32)
     assert np.array_equal(images[0], np.rot90(np.asarray(picture(0, (32, 32))), -1))
 
 

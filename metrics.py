@@ -32,7 +32,7 @@ class Scores(NamedTuple):
     @property
     def nearest_class(self) -> NDArray[np.int64]:
         """[N] index of the most probable known class."""
-        return self.probabilities[:, :UNKNOWN].argmax(axis=1)
+        return _checked_probabilities(self.probabilities)[:, :UNKNOWN].argmax(axis=1)
 
     def predict(self, threshold: float) -> NDArray[np.int64]:
         """[N] class indices, `UNKNOWN` where unknownness exceeds the threshold."""
@@ -132,11 +132,7 @@ def macro_f1_at_half(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
     Source: the evaluation of the released CROSR code.
     """
-    probabilities = as_floats(probabilities, "probabilities")
-    if probabilities.ndim != 2 or not (np.abs(probabilities - 0.5) <= 0.5 + 1e-9).all():
-        raise ValueError(
-            f"probabilities have shape {probabilities.shape}; expected [N, K + 1], all in 0..1"
-        )
+    probabilities = _checked_probabilities(probabilities)
     labels = _checked_labels(labels, "labels", probabilities.shape[1] - 1)
     columns = labels % probabilities.shape[1]  # UNKNOWN is the last column
     truth = columns[:, None] == np.arange(probabilities.shape[1])
@@ -201,6 +197,16 @@ def _checked(scores: ArrayLike, name: str) -> Array:
         )
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN; expected a number for every image")
+    return array
+
+
+def _checked_probabilities(probabilities: ArrayLike) -> Array:
+    array = as_floats(probabilities, "probabilities")
+    if array.ndim != 2 or array.shape[1] < 2 or not ((array >= -1e-9) & (array <= 1 + 1e-9)).all():
+        raise ValueError(
+            f"probabilities have shape {array.shape}; expected [N, K + 1] with K at least 1, "
+            "all in 0..1"
+        )
     return array
 
 

@@ -269,6 +269,7 @@ def fit_tail(tail: Array) -> tuple[float, float, float]:
         ValueError: the values are not finite, are beyond 1e15 or equal to within rounding, or no
             Weibull fits them.
     """
+    tail = as_floats(tail, "distances")
     low, high, most = np.min(tail), np.max(tail), LARGEST_DISTANCE
     if not (-most < low <= high < most and high - low > SMALLEST_SPREAD * max(1, -low, high)):
         raise ValueError(

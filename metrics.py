@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from openmax import UNKNOWN
+from openmax import UNKNOWN, as_floats
 
 Array = NDArray[np.float64]
 
@@ -31,29 +32,30 @@ class Scores(NamedTuple):
     @property
     def nearest_class(self) -> NDArray[np.int64]:
         """[N] index of the most probable known class."""
-        return self.probabilities[:, :UNKNOWN].argmax(axis=1)
+        return _checked_probabilities(self.probabilities)[:, :UNKNOWN].argmax(axis=1)
 
     def predict(self, threshold: float) -> NDArray[np.int64]:
         """[N] class indices, `UNKNOWN` where unknownness exceeds the threshold."""
-        return np.where(self.unknownness > threshold, UNKNOWN, self.nearest_class)
+        scores = _checked(self.unknownness, "unknownness")
+        return np.where(scores > _checked([threshold], "threshold"), UNKNOWN, self.nearest_class)
 
 
 def auroc(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
     """Probability in 0..1 that an unknown image scores above a known one, ties counting half."""
-    scores, is_unknown = _joined(known_scores, unknown_scores)
-    return float(roc_auc_score(is_unknown, scores))
+    ranks, is_unknown = _ranked(known_scores, unknown_scores)
+    return float(roc_auc_score(is_unknown, ranks))
 
 
 def aupr_known(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
     """Average precision in 0..1 of finding the known images; chance is their share."""
-    scores, is_unknown = _joined(known_scores, unknown_scores)
-    return float(average_precision_score(~is_unknown, -scores))
+    ranks, is_unknown = _ranked(known_scores, unknown_scores)
+    return float(min(1, average_precision_score(~is_unknown, -ranks)))  # it may round above 1
 
 
 def aupr_unknown(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
     """Average precision in 0..1 of finding the unknown images; chance is their share."""
-    scores, is_unknown = _joined(known_scores, unknown_scores)
-    return float(average_precision_score(is_unknown, scores))
+    ranks, is_unknown = _ranked(known_scores, unknown_scores)
+    return float(min(1, average_precision_score(is_unknown, ranks)))
 
 
 def threshold_accepting(known_scores: ArrayLike, share: float = 0.95) -> float:
@@ -64,8 +66,8 @@ def threshold_accepting(known_scores: ArrayLike, share: float = 0.95) -> float:
 
 def fpr_at_95_tpr(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
     """Share in 0..1 of unknown images accepted when 95 % of the known ones are."""
-    _joined(known_scores, unknown_scores)
-    return float(np.mean(np.asarray(unknown_scores) <= threshold_accepting(known_scores)))
+    threshold = threshold_accepting(known_scores)
+    return float(np.mean(_checked(unknown_scores, "unknown_scores") <= threshold))
 
 
 def detection_error(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
@@ -73,9 +75,10 @@ def detection_error(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float
 
     Source: ODIN (Liang et al. 2018), which takes known and unknown as equally likely.
     """
-    thresholds = np.unique(_joined(known_scores, unknown_scores)[0])
-    missed_known = 1 - _share_accepted(known_scores, thresholds)
-    accepted_unknown = _share_accepted(unknown_scores, thresholds)
+    scores, is_unknown = _joined(known_scores, unknown_scores)
+    thresholds = np.unique(scores)
+    missed_known = 1 - _share_accepted(scores[~is_unknown], thresholds)
+    accepted_unknown = _share_accepted(scores[is_unknown], thresholds)
     return float(min(0.5, ((missed_known + accepted_unknown) / 2).min()))
 
 
@@ -93,13 +96,16 @@ def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: Arra
 
     Source: Dhamija et al. 2018.
     """
-    scores = np.asarray(known_scores)
-    correct = np.asarray(known_correct, bool)
-    if scores.shape != correct.shape:
-        raise ValueError(f"known_correct has shape {correct.shape}; expected {scores.shape}")
-    thresholds = np.unique(_joined(known_scores, unknown_scores)[0])
-    ccr = np.searchsorted(np.sort(scores[correct]), thresholds, side="right") / len(scores)
-    fpr = _share_accepted(unknown_scores, thresholds)
+    scores, is_unknown = _joined(known_scores, unknown_scores)
+    known, correct = scores[~is_unknown], np.asarray(known_correct)
+    if correct.shape != known.shape or correct.dtype != bool:
+        raise ValueError(
+            f"known_correct has shape {correct.shape} and type {correct.dtype}; "
+            f"expected {len(known)} bools, one a score"
+        )
+    thresholds = np.unique(scores)
+    ccr = np.searchsorted(np.sort(known[correct]), thresholds, side="right") / len(known)
+    fpr = _share_accepted(scores[is_unknown], thresholds)
     return float(np.trapezoid(np.append(0, ccr), np.append(0, fpr)))
 
 
@@ -111,6 +117,8 @@ def macro_f1(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> flo
         predictions: [N] int, likewise.
         num_classes: K.
     """
+    labels = _checked_labels(labels, "labels", num_classes)
+    predictions = _checked_labels(predictions, "predictions", num_classes)
     classes = [*range(num_classes), UNKNOWN]
     return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
 
@@ -124,8 +132,9 @@ def macro_f1_at_half(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
     Source: the evaluation of the released CROSR code.
     """
-    probabilities = np.asarray(probabilities)
-    columns = np.asarray(labels) % probabilities.shape[1]  # UNKNOWN is the last column
+    probabilities = _checked_probabilities(probabilities)
+    labels = _checked_labels(labels, "labels", probabilities.shape[1] - 1)
+    columns = labels % probabilities.shape[1]  # UNKNOWN is the last column
     truth = columns[:, None] == np.arange(probabilities.shape[1])
     return float(f1_score(truth, probabilities > 0.5, average="macro", zero_division=0))
 
@@ -162,9 +171,8 @@ def open_set_metrics(
     }
 
 
-def _share_accepted(scores: ArrayLike, thresholds: Array) -> Array:
-    ordered = np.sort(np.asarray(scores))
-    return np.searchsorted(ordered, thresholds, side="right") / len(ordered)
+def _share_accepted(scores: Array, thresholds: Array) -> Array:
+    return np.searchsorted(np.sort(scores), thresholds, side="right") / len(scores)
 
 
 def _joined(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
@@ -174,8 +182,15 @@ def _joined(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, 
     return np.concatenate([known, unknown]), is_unknown
 
 
+def _ranked(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
+    """As `_joined` with ranks for scores: scikit-learn takes no infinity, and differences of scores
+    may overflow."""
+    scores, is_unknown = _joined(known_scores, unknown_scores)
+    return rankdata(scores, "dense"), is_unknown
+
+
 def _checked(scores: ArrayLike, name: str) -> Array:
-    array = np.asarray(scores, np.float64)
+    array = as_floats(scores, name)
     if array.ndim != 1 or not array.size:
         raise ValueError(
             f"{name} has shape {array.shape}; expected one score an image, at least one"
@@ -183,3 +198,27 @@ def _checked(scores: ArrayLike, name: str) -> Array:
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN; expected a number for every image")
     return array
+
+
+def _checked_probabilities(probabilities: ArrayLike) -> Array:
+    array = as_floats(probabilities, "probabilities")
+    if array.ndim != 2 or array.shape[1] < 2 or not ((array >= -1e-9) & (array <= 1 + 1e-9)).all():
+        raise ValueError(
+            f"probabilities have shape {array.shape}; expected [N, K + 1] with K at least 1, "
+            "all in 0..1"
+        )
+    return array
+
+
+def _checked_labels(labels: ArrayLike, name: str, num_classes: int) -> NDArray[np.int64]:
+    array = np.asarray(labels)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} have shape {array.shape} and type {array.dtype}; expected one integer an image"
+        )
+    if num_classes < 1 or array.min() < UNKNOWN or array.max() >= num_classes:
+        raise ValueError(
+            f"{name} lie in {array.min()}..{array.max()}; expected 0..{num_classes - 1} or "
+            f"{UNKNOWN}, with at least one class"
+        )
+    return array.astype(np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.spatial.distance import cdist
-from scipy.special import expit, softmax
+from scipy.special import expit, logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 
 try:
@@ -28,6 +28,10 @@ except ImportError:  # it needs a compiler to install
 UNKNOWN = -1  # label of the unknown class, and its column, the last, in an array of probabilities
 DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
 MIN_TAIL_SIZE = 5  # three points or fewer give the same shape whatever they are
+SMALLEST_SPREAD = 1e-10  # of a tail, relative to its values or 1: below, rounding decides
+LARGEST_DISTANCE = 1e15  # of a tail: beyond, libMR's translation by 1 is lost in rounding
+LARGEST_ACTIVATION = 1e100  # squares stay finite
+LARGEST_HAZARD = 1e300  # sums over levels stay finite
 EUCOS_SCALE = 200  # eucos = euclidean / 200 + cosine, as in the OpenMax authors' code
 
 Array = NDArray[np.float64]
@@ -45,9 +49,10 @@ class Weibull(NamedTuple):
         return -np.expm1(-self.hazard(distances))
 
     def hazard(self, distances: ArrayLike) -> Array:
-        """-log(1 - w) in 0..inf, which tells distances apart where w is 1 to the last digit."""
+        """-log(1 - w) in 0..1e300, which tells distances apart where w is 1 to the last digit."""
         reach = np.maximum(np.asarray(distances, np.float64) - self.location, 0)
-        return np.power(reach / self.scale, self.shape)
+        with np.errstate(over="ignore"):
+            return np.minimum(np.power(reach / self.scale, self.shape), LARGEST_HAZARD)
 
 
 class OpenMax:
@@ -84,23 +89,13 @@ class OpenMax:
             ValueError: shapes or values are off, a class has fewer correctly classified images than
                 the tail, or its tail admits no Weibull.
         """
-        activations, labels = _checked_activations(X), np.asarray(y)
-        if labels.shape != (len(activations),) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(
-                f"labels have shape {labels.shape} and type {labels.dtype}; "
-                f"expected {len(activations)} integers, one a row of activations"
-            )
-        num_classes = int(labels.max()) + 1
-        if labels.min() < 0 or num_classes > activations.shape[1]:
-            raise ValueError(
-                f"labels lie in {labels.min()}..{labels.max()}; expected 0..K-1, "
-                f"with K at most the {activations.shape[1]} columns of the activations"
-            )
+        activations = _checked_activations(X)
+        labels, num_classes = _checked_labels(y, activations)
         if self.distance not in DISTANCES:
             raise ValueError(
                 f"distance is {self.distance!r}; expected one of {', '.join(DISTANCES)}"
             )
-        if not 0 <= self.alpha <= num_classes:
+        if self.alpha not in range(num_classes + 1):
             raise ValueError(
                 f"alpha is {self.alpha}; expected 0..{num_classes}, the number of classes"
             )
@@ -121,7 +116,7 @@ class OpenMax:
 
     def distances(self, X: ArrayLike) -> Array:
         """Distances [N, K] of activation vectors [N, D] to the K MAVs."""
-        activations = _checked_activations(X)
+        activations = _checked_activations(X, self.mean_activations_.shape[1])
         return class_distances(activations, self.mean_activations_, self.distance, self.whitening_)
 
     def predict_proba(self, X: ArrayLike) -> Array:
@@ -171,15 +166,17 @@ class DHROpenMax:
         Raises:
             ValueError: as `OpenMax.fit`; or the columns do not split into K and L equal parts.
         """
-        activations, labels = _checked_activations(X), np.asarray(y)
-        num_classes = int(labels.max(initial=0)) + 1
-        if (activations.shape[1] - num_classes) % self.levels:
+        activations = _checked_activations(X)
+        labels, num_classes = _checked_labels(y, activations)
+        latent_columns = activations.shape[1] - num_classes
+        if self.levels not in range(1, latent_columns + 1) or latent_columns % self.levels:
             raise ValueError(
                 f"activations have {activations.shape[1]} columns; expected {num_classes} logits "
                 f"and {self.levels} equal levels of latents"
             )
         logits = activations[:, :num_classes]
         self.openmax_ = OpenMax(self.tail_size, num_classes, "mahalanobis").fit(logits, labels)
+        self.columns_ = activations.shape[1]
         correct = logits.argmax(axis=1) == labels
         labels = labels[correct]
         self.latent_means_, self.latent_whitening_ = [], []
@@ -198,12 +195,14 @@ class DHROpenMax:
     def _split(self, activations: Array) -> list[Array]:
         return np.split(activations[:, len(self.openmax_.mean_activations_) :], self.levels, axis=1)
 
-    def _logits(self, X: ArrayLike) -> Array:
-        return _checked_activations(X)[:, : len(self.openmax_.mean_activations_)]
+    def _revised_logits(self, X: ArrayLike) -> Array:
+        logits = _checked_activations(X, self.columns_)[:, : len(self.openmax_.mean_activations_)]
+        not_member = self.openmax_.weibull_.cdf(self.openmax_.distances(logits))
+        return revised_logits(logits, not_member, self.openmax_.alpha)
 
     def latent_distances(self, X: ArrayLike) -> Array:
         """Distances [N, L] of each level's latents to their mean over the predicted class."""
-        activations = _checked_activations(X)
+        activations = _checked_activations(X, self.columns_)
         num_classes = len(self.openmax_.mean_activations_)
         predicted = activations[:, :num_classes].argmax(axis=1)
         columns = []
@@ -215,17 +214,14 @@ class DHROpenMax:
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Log odds [N] of being unknown: above 0, more likely unknown than not."""
-        probabilities = self.openmax_.predict_proba(self._logits(X))
-        unknown, known = probabilities[:, UNKNOWN], probabilities[:, :UNKNOWN].sum(axis=1)
-        tiny = np.finfo(np.float64).tiny
-        log_odds = np.log(np.maximum(unknown, tiny)) - np.log(np.maximum(known, tiny))
+        revised = self._revised_logits(X)
+        log_odds = revised[:, UNKNOWN] - logsumexp(revised[:, :UNKNOWN], axis=1)
         hazard = self.weibull_.hazard(self.latent_distances(X)).sum(axis=1)
         return log_odds + hazard - self.offset_
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities [N, K + 1] of the known classes and, last, the unknown; rows sum to 1."""
-        known = self.openmax_.predict_proba(self._logits(X))[:, :UNKNOWN]
-        known /= np.maximum(known.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        known = softmax(self._revised_logits(X)[:, :UNKNOWN], axis=1)
         unknown = expit(self.decision_function(X))
         return np.column_stack([known * (1 - unknown)[:, None], unknown])
 
@@ -270,13 +266,16 @@ def fit_tail(tail: Array) -> tuple[float, float, float]:
     unit of distance. libMR where it is installed, else `fit_tail_scipy`, which agrees to 1e-5.
 
     Raises:
-        ValueError: the values are not finite, or no Weibull fits them.
+        ValueError: the values are not finite, are beyond 1e15 or equal to within rounding, or no
+            Weibull fits them.
     """
-    if not np.isfinite(tail).all() or np.ptp(tail) == 0:
+    tail = as_floats(tail, "distances")
+    low, high, most = np.min(tail), np.max(tail), LARGEST_DISTANCE
+    if not (-most < low <= high < most and high - low > SMALLEST_SPREAD * max(1, -low, high)):
         raise ValueError(
-            f"no Weibull fits the {len(tail)} largest distances, which go from {np.min(tail)} to "
-            f"{np.max(tail)}; expected finite and different ones: the activations carry too "
-            "little, train longer or leave the class out"
+            f"no Weibull fits the {len(tail)} largest distances, which go from {low} to {high}; "
+            f"expected different ones below {most:g}: the activations carry too little, train "
+            "longer or leave the class out"
         )
     scale, shape = (_fit_libmr if libmr is not None else fit_tail_scipy)(tail)
     if not (np.isfinite([scale, shape]).all() and scale > 0 and shape > 0):
@@ -311,7 +310,8 @@ def fit_tail_scipy(tail: Array) -> tuple[float, float]:
         weights = np.exp(z / sigma)
         return float(sigma + z.mean() - (z * weights).sum() / weights.sum())
 
-    sigma = brentq(likelihood_slope, 1e-6, 1e3, xtol=1e-15, rtol=1e-14)
+    highest = -z.mean()  # the slope grows with sigma, from below 0 to at least 0 here
+    sigma = brentq(likelihood_slope, highest / (len(z) + 1), highest, xtol=1e-15, rtol=1e-14)
     log_scale = log_t.max() + spread * sigma * np.log(np.mean(np.exp(z / sigma)))
     return float(np.exp(log_scale)), 1 / (spread * sigma)
 
@@ -323,23 +323,44 @@ def recalibrate(logits: ArrayLike, not_member: ArrayLike, alpha: int = 0) -> Arr
         logits: [N, K], y.
         not_member: [N, K] in 0..1, the Weibull probabilities w.
         alpha: 0, or how many top-ranked classes are revised; see `OpenMax`.
+
+    Raises:
+        ValueError: shapes or values are off.
     """
-    y, w = np.asarray(logits, np.float64), np.asarray(not_member, np.float64)
+    y, w = _checked_activations(logits), as_floats(not_member, "probabilities w")
+    if w.shape != y.shape or not ((w >= 0) & (w <= 1)).all():
+        raise ValueError(f"probabilities w, of shape {w.shape}; expected {y.shape}, all in 0..1")
+    if alpha not in range(y.shape[1] + 1):
+        raise ValueError(f"alpha is {alpha}; expected 0..{y.shape[1]}, the number of classes")
     if alpha == 0:
         known = softmax(y, axis=1) * (1 - w)
-        return np.column_stack([known, 1 - known.sum(axis=1)])
+        return np.column_stack([known, np.maximum(1 - known.sum(axis=1), 0)])
+    return softmax(revised_logits(y, w, alpha), axis=1)
+
+
+def revised_logits(y: Array, w: Array, alpha: int) -> Array:
+    """The papers' [N, K + 1] logits: y (1 - w), w scaled by rank, and sum y w for the unknown."""
     rank = np.argsort(np.argsort(-y, axis=1, kind="stable"), axis=1)
     w = w * np.maximum(alpha - rank, 0) / alpha
-    return softmax(np.column_stack([y * (1 - w), (y * w).sum(axis=1)]), axis=1)
+    return np.column_stack([y * (1 - w), (y * w).sum(axis=1)])
 
 
 def whitening(deviations: Array) -> Array:
     """Factor W [D, D] with W W^T the inverse of the shrinkage covariance of deviations [N, D].
 
+    Raises:
+        ValueError: the covariance cannot be inverted, for example because all deviations are 0.
+
     Source: Ledoit and Wolf 2004, scikit-learn's implementation.
     """
     precision = LedoitWolf(assume_centered=True).fit(deviations).precision_
-    return np.linalg.cholesky(precision)
+    try:
+        return np.linalg.cholesky(precision)
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            "the covariance of the activations cannot be inverted; "
+            "they carry too little, train longer or take another distance"
+        ) from error
 
 
 def class_distances(
@@ -366,10 +387,40 @@ def class_distances(
     return cosine if distance == "cosine" else cdist(activations, means) / EUCOS_SCALE + cosine
 
 
-def _checked_activations(activations: ArrayLike) -> Array:
-    array = np.asarray(activations, np.float64)
-    if array.ndim != 2 or not len(array):
-        raise ValueError(f"activations have shape {array.shape}; expected [N, D] with N at least 1")
-    if not np.isfinite(array).all():
-        raise ValueError("activations hold NaN or infinity; expected finite numbers only")
+def as_floats(values: ArrayLike, name: str) -> Array:
+    """Numbers as float64; text, objects, dates and complex numbers are refused, not converted."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} have type {array.dtype}; expected numbers")
+    return array.astype(np.float64, copy=False)
+
+
+def _checked_activations(activations: ArrayLike, columns: int | None = None) -> Array:
+    array = as_floats(activations, "activations")
+    if array.ndim != 2 or not array.size or columns not in (None, array.shape[1]):
+        raise ValueError(
+            f"activations have shape {array.shape}; expected [N, {columns or 'D'}] with N "
+            "and D at least 1"
+        )
+    if not (np.abs(array) <= LARGEST_ACTIVATION).all():
+        raise ValueError(
+            "activations hold NaN or infinity or numbers beyond "
+            f"{LARGEST_ACTIVATION:g}; expected finite numbers only"
+        )
     return array
+
+
+def _checked_labels(y: ArrayLike, activations: Array) -> tuple[NDArray[np.int64], int]:
+    """Labels and the number of classes K."""
+    labels = np.asarray(y)
+    if labels.shape != (len(activations),) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels have shape {labels.shape} and type {labels.dtype}; "
+            f"expected {len(activations)} integers, one a row of activations"
+        )
+    if labels.min() < 0 or labels.max() >= activations.shape[1]:
+        raise ValueError(
+            f"labels lie in {labels.min()}..{labels.max()}; expected 0..K-1, "
+            f"with K at most the {activations.shape[1]} columns of the activations"
+        )
+    return labels.astype(np.int64), int(labels.max()) + 1

@@ -134,6 +134,11 @@ def test_open_set_metrics_apply_the_given_threshold():
     )
 
 
+def test_score_at_the_threshold_is_accepted_as_known():
+    scores = Scores(np.array([0.4, 0.5, 0.6]), np.array([[0.2, 0.3, 0.5]] * 3))
+    assert scores.predict(0.5).tolist() == [1, 1, UNKNOWN]
+
+
 @pytest.mark.parametrize(
     "function", [auroc, aupr_known, aupr_unknown, fpr_at_95_tpr, detection_error]
 )

@@ -138,6 +138,17 @@ def test_tiny_imagenet_crops_are_patches_from_a_fixed_seed(tmp_path):
         assert (windows[:, :, 0] == crop).all(axis=(2, 3, 4)).sum() == 1
 
 
+def test_crop_offsets_cover_both_axes_evenly():
+    rows_and_columns = np.stack(np.indices((40, 44)), axis=-1)
+    images = np.broadcast_to(rows_and_columns, (9000, 40, 44, 2))
+    crops = open_set_data._random_crops(images, 32, np.random.default_rng(0))
+    for axis, offsets in enumerate((9, 13)):
+        counts = np.bincount(crops[:, 0, 0, axis])
+        assert len(counts) == offsets
+        assert counts == pytest.approx(9000 / offsets, rel=0.15)
+    assert abs(np.corrcoef(crops[:, 0, 0].T)[0, 1]) < 0.05
+
+
 def test_tiny_imagenet_resize_is_antialiased(tmp_path):
     folder = make_tiny_imagenet(tmp_path)
     images = load_unknown("tiny-imagenet-resize", tmp_path, 32)

@@ -208,6 +208,26 @@ def test_cosine_with_an_all_zero_vector_is_refused():
         model.predict_proba(np.zeros_like(train))
 
 
+def test_distances_equal_their_definitions():
+    train, labels = make_activations(0)
+    images = make_activations(1)[0][::20]
+    correct = train[:, :6].argmax(axis=1) == labels
+    x, own = train[correct], labels[correct]
+    means = np.array([x[own == c].mean(axis=0) for c in range(6)])
+    inverse = LedoitWolf(assume_centered=True).fit(x - means[own]).precision_
+    definitions = {
+        "euclidean": spd.euclidean,
+        "cosine": spd.cosine,
+        "eucos": lambda a, b: spd.euclidean(a, b) / 200 + spd.cosine(a, b),
+        "mahalanobis": lambda a, b: spd.mahalanobis(a, b, inverse),
+    }
+    assert set(definitions) == set(DISTANCES)
+    for name, definition in definitions.items():
+        expected = np.array([[definition(image, mean) for mean in means] for image in images])
+        distances = OpenMax(distance=name).fit(train, labels).distances(images)
+        assert distances == pytest.approx(expected, abs=1e-9)
+
+
 def make_levels(seed):
     """Activation vectors of 6 logits and 3 levels of 4 latents."""
     return make_activations(seed, latents=12)

@@ -13,6 +13,8 @@ from PIL import Image
 import compute_openmax
 import train_dhr_nn
 from metrics import open_set_metrics
+from models import load_checkpoint
+from open_set_data import ImageSet
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["--dataset", "digits", "--known-classes", "0,1,2,3,4,5", "--batch-size", "100"]
@@ -67,6 +69,35 @@ def test_same_command_twice_gives_the_same_table(digits_net, tmp_path):
         )
 
 
+def test_float32_scores_do_not_depend_on_batch_size_threads_or_order(digits_net, tmp_path):
+    model, meta = load_checkpoint(digits_net)
+    model.to(memory_format=torch.channels_last)
+    float32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    sets = compute_openmax.load_image_sets(meta, ["train", "val", "test_known"], tmp_path, seed=0)
+
+    def extract(name, batch_size, step=1):
+        images = ImageSet(*(array[::step].copy() for array in sets[name]))
+        got = compute_openmax.extract(model, images, name, batch_size, torch.device("cpu"), float32)
+        return compute_openmax.Activations(*(array[::step] for array in got))
+
+    train, val, whole = (extract(name, 500) for name in sets)
+    others = [extract("test_known", 7), extract("test_known", 1), extract("test_known", 500, -1)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    others.append(extract("test_known", 500))
+    torch.set_num_threads(threads)
+    rule = compute_openmax.Rule("max", "euclidean", 20, 0)
+    for method in compute_openmax.METHODS.values():
+        scorer = method(train, val, rule)
+        for other in others:
+            assert np.array_equal(other.labels, whole.labels)
+            assert scorer(other).unknownness == pytest.approx(
+                scorer(whole).unknownness, rel=1e-4, abs=1e-5
+            )
+            difference = scorer(other).probabilities - scorer(whole).probabilities
+            assert np.abs(difference).max() < 1e-5
+
+
 def test_damaged_cache_is_made_anew(digits_net, tmp_path, capsys):
     first, second = tmp_path / "1.json", tmp_path / "2.json"
     assert evaluate(digits_net, tmp_path, "--json", str(first)) == 0
@@ -78,8 +109,8 @@ def test_damaged_cache_is_made_anew(digits_net, tmp_path, capsys):
 
 
 def test_no_test_or_unknown_image_reaches_fit_or_threshold(digits_net, tmp_path, monkeypatch):
-    """Other test and unknown images leave every method's scores of given images as they were."""
-    thresholds = []
+    """Other test and unknown images leave every fitted method and threshold as they were."""
+    thresholds, fitted = [], []
     load = compute_openmax.load_image_sets
 
     def load_swapped(*args):
@@ -92,11 +123,23 @@ def test_no_test_or_unknown_image_reaches_fit_or_threshold(digits_net, tmp_path,
         thresholds.append(threshold)
         return open_set_metrics(known, labels, unknown, threshold)
 
+    def recorded(method):
+        def fit(train, val, rule):
+            scorer = method(train, val, rule)
+            fitted.append(np.column_stack(scorer(train)))  # changes with any fitted parameter
+            return scorer
+
+        return fit
+
+    methods = {name: recorded(method) for name, method in compute_openmax.METHODS.items()}
+    monkeypatch.setattr(compute_openmax, "METHODS", methods)
     monkeypatch.setattr(compute_openmax, "open_set_metrics", measured)
     assert evaluate(digits_net, tmp_path) == 0
     monkeypatch.setattr(compute_openmax, "load_image_sets", load_swapped)
     assert evaluate(digits_net, tmp_path) == 0
+    assert len(thresholds) == len(fitted) == 10
     assert thresholds[:5] == thresholds[5:]
+    assert all(map(np.array_equal, fitted[:5], fitted[5:]))
 
 
 def test_own_images_get_a_class_or_unknown(digits_net, tmp_path, capsys):

@@ -207,7 +207,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@torch.no_grad()
 def extract(
     model: DHRNet,
     images: ImageSet,
@@ -217,18 +216,16 @@ def extract(
     autocast: torch.autocast,
 ) -> Activations:
     """Run the network, decoder skipped, over an image set."""
-    parts: list[list[torch.Tensor]] = [[], [], []]
+    parts = []
     bar = tqdm(total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False)
     for start in range(0, len(images.labels), batch_size):
         batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
         with autocast:
-            logits, _, latents = model(batch.permute(0, 3, 1, 2), decode=False)
-        parts[0].append(logits.float())
-        parts[1].append(torch.cat([z.amax(dim=(2, 3)).float() for z in latents], dim=1))
-        parts[2].append(torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1))
+            parts.append(model.activations(batch.permute(0, 3, 1, 2)))
         bar.update(len(batch))
     bar.close()
-    return Activations(images.labels, *(torch.cat(part).cpu().numpy() for part in parts))
+    arrays = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return Activations(images.labels, *arrays)
 
 
 def cached(

@@ -63,6 +63,7 @@ class DHRNet(nn.Module):
         in_channels: 1 or 3.
         image_size: height and width in pixels, 16..1024.
         arch: one of `ARCHITECTURES`.
+        mirrored: a mirrored image shows the same class; `activations` then averages over both.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -74,7 +75,12 @@ class DHRNet(nn.Module):
     std: Tensor
 
     def __init__(
-        self, num_classes: int, in_channels: int = 3, image_size: int = 32, arch: str = "fast"
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        image_size: int = 32,
+        arch: str = "fast",
+        mirrored: bool = True,
     ) -> None:
         super().__init__()
         if arch not in ARCHITECTURES:
@@ -90,6 +96,7 @@ class DHRNet(nn.Module):
             "in_channels": in_channels,
             "image_size": image_size,
             "arch": arch,
+            "mirrored": mirrored,
         }
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
@@ -107,7 +114,7 @@ class DHRNet(nn.Module):
                 nn.Linear(1024, num_classes),
             )
         else:
-            widths, lateral = [64, 256, 256], [LATENT_CHANNELS] * 3
+            widths, lateral = [96, 320, 320], [LATENT_CHANNELS] * 3
             sizes = [image_size] + [(image_size - 1) // 2**level for level in (1, 2, 3)]
             whitening = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)
             whitening.weight.requires_grad = False
@@ -164,6 +171,31 @@ class DHRNet(nn.Module):
             latents.append(F.relu(bottleneck(x)))
         reconstruction = self.decode(latents) if decode else None
         return DHROutput(self.head(x), reconstruction, tuple(latents))
+
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What classification and OpenMax need of images, without the decoder.
+
+        Where `mirrored`, everything is averaged over the image and its mirror image.
+
+        Args:
+            images: as for `forward`.
+
+        Returns:
+            logits [N, K], and the latents of all levels, shallow to deep, max-pooled and
+            average-pooled over space, each [N, 32 L]; float32.
+        """
+        views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for view in views:
+            logits, _, latents = self(view, decode=False)
+            largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
+            average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
+            parts.append((logits.float(), largest.float(), average))
+        logits, largest, average = (
+            torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)
+        )
+        return logits, largest, average
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""

@@ -67,8 +67,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
         help="vgg is the published network (default fast)")
-    add("--epochs", type=int, default=20, metavar="N",
-        help="passes over the training images, 1 or more (default 20)")
+    add("--epochs", type=int, default=15, metavar="N",
+        help="passes over the training images, 1 or more (default 15)")
     add("--batch-size", type=int, default=1000, metavar="N",
         help="images a step, 2 or more (default 1000)")
     add("--lr", type=float, default=0.2, metavar="RATE",
@@ -199,17 +199,16 @@ def training_step(
     return torch.stack([cross_entropy, mse, accuracy]).detach()
 
 
-@torch.no_grad()
 def accuracy(
     model: DHRNet, images: ImageSet, batch_size: int, device: torch.device, autocast: torch.autocast
 ) -> float:
-    """Share of images in 0..1 whose largest logit is their label's."""
+    """Share of images in 0..1 whose largest logit, of `activations`, is their label's."""
     model.eval()
     correct = 0
     for start in range(0, len(images.labels), batch_size):
         batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
         with autocast:
-            logits = model(batch.permute(0, 3, 1, 2), decode=False).logits
+            logits, *_ = model.activations(batch.permute(0, 3, 1, 2))
         labels = torch.from_numpy(images.labels[start : start + batch_size]).to(device)
         correct += int((logits.argmax(dim=1) == labels).sum())
     return correct / len(images.labels)
@@ -258,7 +257,8 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     # Network and optimisers
     torch.manual_seed(args.seed)
     if not args.resume:
-        model = DHRNet(len(data.classes), channels, size, args.arch)
+        mirrored = args.dataset not in NOT_MIRRORED
+        model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
         model.fit_input_statistics(torch.from_numpy(data.train.images[:5000]).permute(0, 3, 1, 2))
     model.to(device).to(memory_format=torch.channels_last)
     optimizers = build_optimizers(model, args.lr)
@@ -280,15 +280,14 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         torch.manual_seed(args.seed * 100_003 + epoch)
         generator = torch.Generator(device).manual_seed(args.seed * 100_003 + epoch)
         order = torch.randperm(count, generator=generator, device=device)
-        mirrored = first_mirror ^ (epoch % 2 == 1)  # every image alternates, as in airbench
-        if args.dataset in NOT_MIRRORED:
-            mirrored = torch.zeros_like(mirrored)
+        # Every image is mirrored every other epoch, as in airbench, or never.
+        mirror = (first_mirror ^ (epoch % 2 == 1)) & model.config["mirrored"]
         model.train()
         history = []
         for step in tqdm(range(steps), f"epoch {epoch + 1}", unit="step", leave=False):
             share = one_cycle(epoch * steps + step, args.epochs * steps)
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
-            batch, target = augment(images, index, mirrored[index], generator), labels[index]
+            batch, target = augment(images, index, mirror[index], generator), labels[index]
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = share * group["peak_lr"]
             weight = args.reconstruction_weight

@@ -37,6 +37,7 @@ def test_output_shapes(arch, channels, size):
     assert [z.shape[:2] for z in output.latents] == [(2, 32)] * 3
     heights = [z.shape[2] for z in output.latents]
     assert heights == sorted(heights, reverse=True)
+    assert all(z.min() >= 0 for z in output.latents)
 
 
 def test_vgg_is_the_published_network():
@@ -101,6 +102,14 @@ def test_normalised_training_images_have_zero_mean_and_unit_deviation():
     assert normalised.std(dim=1) == pytest.approx(torch.ones(3), abs=1e-4)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_first_layer_sees_images_normalised_once(arch):
+    model, seen = make_model(arch).eval(), []
+    model.stem.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    model(make_images())
+    assert torch.equal(seen[0], model.normalize(make_images()))
+
+
 def test_stem_whitens_patches():
     model = make_model()
     responses = model.stem[0](model.normalize(make_images(20))).transpose(0, 1).flatten(1)[:12]
@@ -135,7 +144,10 @@ class Bomb:
         return os.system, ("touch bomb_went_off",)
 
 
-@pytest.mark.parametrize("content", ["cut", "empty", "text", "foreign", "code", "other_shape"])
+@pytest.mark.parametrize(
+    "content",
+    ["cut", "empty", "text", "foreign", "code", "other_shape", "lacks_a_tensor"],
+)
 def test_bad_checkpoint_is_refused_with_one_line(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "net.pt"
@@ -154,6 +166,11 @@ def test_bad_checkpoint_is_refused_with_one_line(tmp_path, monkeypatch, content)
     elif content == "other_shape":
         model.config = {**model.config, "num_classes": 6}
         save(path, model)
+    elif content == "lacks_a_tensor":
+        save(path, model)
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["model_state_dict"]["head.2.weight"]
+        torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"net\.pt is not a whole DHR checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,137 @@
+"""The parts of the training loop, each against its definition."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_models import make_images, make_model
+
+import train_dhr_nn
+from open_set_data import load_known
+from train_dhr_nn import LABEL_SMOOTHING, MAX_SHIFT, augment, one_cycle, training_step
+
+FLOAT32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
+DIGITS = ["--dataset", "digits", "--batch-size", "100", "--device", "cpu"]
+
+
+def shifts_of(image, result):
+    """(row, column) shifts at which a reflection-padded [H, W, C] image shows [C, H, W]."""
+    padded = np.pad(image, [(MAX_SHIFT, MAX_SHIFT)] * 2 + [(0, 0)], mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, image.shape)[:, :, 0]
+    return np.argwhere((windows == result.transpose(1, 2, 0)).all(axis=(2, 3, 4))) - MAX_SHIFT
+
+
+def test_augment_shifts_with_reflection_and_mirrors_what_it_is_told_to():
+    images = make_images(2, 3, 16).permute(0, 2, 3, 1)
+    index, mirrored = torch.arange(400) % 2, torch.arange(400) % 3 == 0
+    batch = augment(images, index, mirrored, torch.Generator().manual_seed(0)).numpy()
+    seen = set()
+    for i in range(400):
+        upright = batch[i][:, :, ::-1] if mirrored[i] else batch[i]
+        shifts = shifts_of(images[index[i]].numpy(), upright)
+        assert len(shifts) == 1
+        seen.add(tuple(shifts[0]))
+    assert {row for row, _ in seen} == {column for _, column in seen} == set(range(-4, 5))
+
+
+class Recorder:
+    """An optimiser that keeps the gradients it is given."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, None
+
+    def step(self):
+        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_training_step_descends_cross_entropy_plus_weighted_squared_error(weight):
+    model, images, labels = make_model().eval(), make_images(8), torch.arange(8) % 5
+    recorder = Recorder(model)
+    losses = training_step(model, [recorder], images, labels, weight, FLOAT32)
+    output = model(images)
+    cross_entropy = F.cross_entropy(output.logits, labels, label_smoothing=LABEL_SMOOTHING)
+    mse = F.mse_loss(output.reconstruction, model.normalize(images))
+    (cross_entropy + weight * mse).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(recorder.gradients) == len(expected)
+    for got, wanted in zip(recorder.gradients, expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-5)
+    assert losses[:2].tolist() == pytest.approx([cross_entropy.item(), mse.item()], rel=1e-4)
+    assert losses[2] == (output.logits.argmax(dim=1) == labels).float().mean()
+
+
+def test_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nearly_0():
+    shares = [one_cycle(step, 1000) for step in range(1000)]
+    assert np.argmax(shares) in (99, 100)
+    assert max(shares) == pytest.approx(1, abs=0.01)
+    assert 0 < shares[0] < 0.02
+    assert 0 < shares[-1] < 0.002
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the loop hands to augment, training_step and accuracy, none of which does its work."""
+    seen = {"mirrored": [], "images": [], "labels": [], "measured": []}
+
+    def keep_augment(images, index, mirrored, generator):
+        seen["mirrored"].append(mirrored)
+        return images[index].permute(0, 3, 1, 2)
+
+    def keep_step(model, optimizers, images, labels, weight, autocast):
+        seen["images"].append(images.permute(0, 2, 3, 1).numpy())
+        seen["labels"].append(labels.numpy())
+        return torch.zeros(3)
+
+    def keep_accuracy(model, images, *rest):
+        seen["measured"].append(images)
+        return 0.5
+
+    monkeypatch.setattr(train_dhr_nn, "augment", keep_augment)
+    monkeypatch.setattr(train_dhr_nn, "training_step", keep_step)
+    monkeypatch.setattr(train_dhr_nn, "accuracy", keep_accuracy)
+    return seen
+
+
+def test_batches_are_training_images_with_their_labels_each_once_an_epoch(seen, tmp_path):
+    assert train_dhr_nn.main([*DIGITS, "--epochs", "2", "--out", str(tmp_path / "net.pt")]) == 0
+    data = load_known("digits", tmp_path)
+    label_of = {}
+    for image, label in zip(data.train.images, data.train.labels, strict=True):
+        label_of.setdefault(image.tobytes(), set()).add(int(label))
+    steps = len(data.train.labels) // 100
+    assert len(seen["images"]) == 2 * steps
+    epochs = []
+    for epoch in (0, 1):
+        images = np.concatenate(seen["images"][epoch * steps : (epoch + 1) * steps])
+        labels = np.concatenate(seen["labels"][epoch * steps : (epoch + 1) * steps])
+        assert all(
+            label in label_of[image.tobytes()] for image, label in zip(images, labels, strict=True)
+        )
+        assert len({image.tobytes() for image in images}) > 0.95 * len(images)
+        epochs.append(images)
+    assert not np.array_equal(*epochs)
+
+
+def test_digits_are_not_mirrored(seen, tmp_path):
+    assert train_dhr_nn.main([*DIGITS, "--dry-run", "--out", str(tmp_path / "net.pt")]) == 0
+    assert not torch.cat(seen["mirrored"]).any()
+
+
+def test_half_of_other_images_are_mirrored(seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dhr_nn, "NOT_MIRRORED", ())
+    assert train_dhr_nn.main([*DIGITS, "--epochs", "1", "--out", str(tmp_path / "net.pt")]) == 0
+    assert torch.cat(seen["mirrored"]).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_validation_is_on_validation_images_and_test_images_come_last(seen, tmp_path):
+    assert train_dhr_nn.main([*DIGITS, "--epochs", "1", "--out", str(tmp_path / "net.pt")]) == 0
+    data = load_known("digits", tmp_path)
+    assert [len(images.labels) for images in seen["measured"]] == [
+        len(data.val.labels),
+        len(data.test_known.labels),
+    ]
+    assert np.array_equal(seen["measured"][0].images, data.val.images)

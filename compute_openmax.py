@@ -33,7 +33,7 @@ from models import (
     DHRNet,
     load_checkpoint,
     prepare_device,
-    refuse_inflated,
+    refuse_damaged,
     replace_file,
     try_writing,
 )
@@ -240,8 +240,8 @@ def cached(
         make: makes them.
     """
     try:
-        refuse_inflated(path)
-        with np.load(path, allow_pickle=False) as stored:
+        refuse_damaged(path)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             stored_labels, *arrays = (stored[field] for field in Activations._fields)
         shapes = [(len(labels), width) for width in widths]
         if not np.array_equal(stored_labels, labels) or [a.shape for a in arrays] != shapes:
@@ -310,8 +310,8 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
 
 
 def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
-    refuse_inflated(SHIPPED_ACTIVATIONS)
-    with np.load(SHIPPED_ACTIVATIONS, allow_pickle=False) as stored:
+    refuse_damaged(SHIPPED_ACTIVATIONS)
+    with open(SHIPPED_ACTIVATIONS, "rb") as file, np.load(file, allow_pickle=False) as stored:
         if str(stored["checkpoint"]) != checkpoint_hash:
             raise ImagesUnavailable("the shipped activation vectors belong to another checkpoint")
         missing = [name for name in names if f"{name}/labels" not in stored]

@@ -9,6 +9,7 @@ import ctypes
 import glob
 import io
 import os
+import pickle
 import secrets
 import tempfile
 import time
@@ -341,17 +342,20 @@ def try_writing(path: Path, size: int) -> None:
         ) from error
 
 
-def refuse_inflated(path: Path) -> None:
-    """Refuse a .pt or .npz file (both are zip archives) that would unpack to far more than it has.
+def refuse_damaged(path: Path) -> None:
+    """Refuse a .pt or .npz file (both are zip archives) that is damaged or unpacks to far too much.
 
     Raises:
-        ValueError: it claims more than `MAX_INFLATION` times its size.
+        ValueError: it claims more than `MAX_INFLATION` times its size, or a checksum is wrong
+            (which torch.load would not notice).
         zipfile.BadZipFile: it is no zip archive.
     """
     with zipfile.ZipFile(path) as archive:
         claimed = sum(member.file_size for member in archive.infolist())
-    if claimed > MAX_INFLATION * path.stat().st_size:
-        raise ValueError(f"it claims to hold {claimed:,} bytes")
+        if claimed > MAX_INFLATION * path.stat().st_size:
+            raise ValueError(f"it claims to hold {claimed:,} bytes")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
 
 
 def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
@@ -365,7 +369,7 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
         OSError: the file cannot be read.
     """
     try:
-        refuse_inflated(path)
+        refuse_damaged(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = (MODEL_KEYS | RUN_KEYS) - checkpoint.keys()
         if missing:
@@ -380,6 +384,8 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
         raise
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text would advise to run the code
+            reason = "it holds more than tensors and plain values"
         raise ValueError(
             f"{path} is not a whole DHR checkpoint ({reason}); "
             "use a file written by train_dhr_nn.py, or train a new one"

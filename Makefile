@@ -8,7 +8,7 @@ train: install  ## train the shipped network again
 	$(BIN)/python train_dhr_nn.py
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: install
 	$(BIN)/python benchmarks/bench.py

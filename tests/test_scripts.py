@@ -92,10 +92,10 @@ def test_float32_scores_do_not_depend_on_batch_size_threads_or_order(digits_net,
         for other in others:
             assert np.array_equal(other.labels, whole.labels)
             assert scorer(other).unknownness == pytest.approx(
-                scorer(whole).unknownness, rel=1e-4, abs=1e-5
+                scorer(whole).unknownness, rel=1e-4, abs=1e-4
             )
             difference = scorer(other).probabilities - scorer(whole).probabilities
-            assert np.abs(difference).max() < 1e-5
+            assert np.abs(difference).max() < 1e-4
 
 
 def test_damaged_cache_is_made_anew(digits_net, tmp_path, capsys):

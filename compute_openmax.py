@@ -55,13 +55,13 @@ SHIPPED_ACTIVATIONS = Path(__file__).resolve().parent / "data" / "dhr_net_activa
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
     "auroc": "AUROC",
-    "aupr_known": "AUPR known",
-    "aupr_unknown": "AUPR unknown",
+    "aupr_known": "AUPR-kno",
+    "aupr_unknown": "AUPR-unk",
     "fpr_at_95_tpr": "FPR95",
-    "detection_error": "det. error",
+    "detection_error": "det.err.",
     "oscr": "OSCR",
     "macro_f1": "macro-F1",
-    "macro_f1_at_half": "F1 at 0.5",
+    "macro_f1_at_half": "F1@0.5",
 }
 
 
@@ -337,9 +337,9 @@ def print_table(known: str, methods: dict[str, dict[str, dict[str, float]]]) -> 
     """One block an unknown set, one row a method, all in percent."""
     for unknown in methods["msp"]:
         print(f"\n{known} (known) against {unknown} (unknown), in %")
-        print(" " * 11 + "".join(f"{title:>14}" for title in TABLE_COLUMNS.values()))
+        print(" " * 11 + "".join(f"{title:>10}" for title in TABLE_COLUMNS.values()))
         for method, sets in methods.items():
-            row = (f"{100 * sets[unknown][column]:14.2f}" for column in TABLE_COLUMNS)
+            row = (f"{100 * sets[unknown][column]:10.2f}" for column in TABLE_COLUMNS)
             print(f"{method:11}" + "".join(row))
 
 

@@ -20,7 +20,7 @@ from models import load_checkpoint
 from open_set_data import ImagesUnavailable
 from openmax import DISTANCES, DHROpenMax, OpenMax, Weibull
 
-CASES = int(os.environ.get("FUZZ_CASES", "300"))
+CASES = int(os.environ.get("FUZZ_CASES", "150"))
 
 
 def damaged(rng, content):

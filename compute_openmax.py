@@ -12,13 +12,11 @@ import argparse
 import hashlib
 import inspect
 import json
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +33,7 @@ from models import (
     prepare_device,
     refuse_damaged,
     replace_file,
+    software_versions,
     try_writing,
 )
 from open_set_data import (
@@ -52,6 +51,7 @@ from open_set_data import (
 from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
 
 SHIPPED_ACTIVATIONS = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
+KNOWN_SPLITS = ("train", "val", "test_known")
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
     "auroc": "AUROC",
@@ -204,6 +204,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected at least 1")
+    if set(args.unknown or ()) & set(KNOWN_SPLITS):
+        parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
     return args
 
 
@@ -280,7 +282,7 @@ def load_image_sets(
     data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
     sets = {}
     for name in names:
-        if name in ("train", "val", "test_known"):
+        if name in KNOWN_SPLITS:
             sets[name] = getattr(data, name)
             continue
         if name == HELD_OUT_CLASSES:
@@ -333,6 +335,23 @@ def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activa
         }
 
 
+def measure(
+    scorers: dict[str, Scorer], thresholds: dict[str, float], sets: dict[str, Activations]
+) -> dict[str, Any]:
+    """Closed-set accuracy, and all metrics of every method on every unknown set."""
+    unknown_sets = [name for name in sets if name not in KNOWN_SPLITS]
+    test = sets["test_known"]
+    accuracy = np.mean(test.logits.argmax(axis=1) == test.labels)
+    methods = {}
+    for name, scorer in scorers.items():
+        known = scorer(test)
+        methods[name] = {
+            unknown: open_set_metrics(known, test.labels, scorer(sets[unknown]), thresholds[name])
+            for unknown in unknown_sets
+        }
+    return {"closed_set_accuracy": float(accuracy), "methods": methods}
+
+
 def print_table(known: str, methods: dict[str, dict[str, dict[str, float]]]) -> None:
     """One block an unknown set, one row a method, all in percent."""
     for unknown in methods["msp"]:
@@ -368,16 +387,6 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
             f"{row['prediction']:16}{row['probability']:12.4f}  "
             f"{row['nearest_class']:16}{printable(row['path'])}"
         )
-
-
-def software_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "libmr"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -468,18 +477,7 @@ def run(args: argparse.Namespace) -> None:
         )
         print_predictions(results["images"])
     else:
-        known = {name: scorer(sets["test_known"]) for name, scorer in scorers.items()}
-        labels = sets["test_known"].labels
-        results["closed_set_accuracy"] = float(np.mean(known["msp"].nearest_class == labels))
-        results["methods"] = {
-            name: {
-                unknown: open_set_metrics(
-                    known[name], labels, scorer(sets[unknown]), thresholds[name]
-                )
-                for unknown in names[3:]
-            }
-            for name, scorer in scorers.items()
-        }
+        results |= measure(scorers, thresholds, sets)
         print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
         print_table(results["known"], results["methods"])
     seconds["score"] = lap()

@@ -10,12 +10,14 @@ import glob
 import io
 import os
 import pickle
+import platform
 import secrets
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -279,6 +281,17 @@ def _keep_freed_memory() -> None:
         return
     mallopt(-4, 0)  # M_MMAP_MAX: never map a large block on its own
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: never hand the top of the heap back
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "libmr"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:

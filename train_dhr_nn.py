@@ -10,12 +10,10 @@ done, OUT is written and OUT.partial removed, so that OUT is always a whole, tra
 
 import argparse
 import math
-import platform
 import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from models import (
     load_checkpoint,
     prepare_device,
     save_checkpoint,
+    software_versions,
     try_writing,
 )
 from open_set_data import KNOWN_SETS, ImageSet, ImagesUnavailable, load_known
@@ -212,11 +211,6 @@ def accuracy(
         labels = torch.from_numpy(images.labels[start : start + batch_size]).to(device)
         correct += int((logits.argmax(dim=1) == labels).sum())
     return correct / len(images.labels)
-
-
-def software_versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def git_commit() -> str:

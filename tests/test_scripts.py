@@ -239,6 +239,7 @@ def test_missing_and_foreign_checkpoints_are_one_line(tmp_path, capsys):
         (train_dhr_nn.main, ["--lr", "nan"]),
         (train_dhr_nn.main, ["--epoch", "3"]),  # no abbreviations
         (compute_openmax.main, ["--batch-size", "0"]),
+        (compute_openmax.main, ["--unknown", "val"]),
         (compute_openmax.main, ["--latents", "median"]),
     ],
 )

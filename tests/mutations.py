@@ -181,7 +181,7 @@ MUTANTS = [
     ("mirrored images where none should be", "train_dhr_nn.py",
      "torch.where(mirrored[:, None], columns.flip(1), columns)", "columns.flip(1)", TRAINING),
     ("digits mirrored", "train_dhr_nn.py",
-     "if args.dataset in NOT_MIRRORED:", "if False:", TRAINING),
+     "mirrored = args.dataset not in NOT_MIRRORED", "mirrored = True", TRAINING),
     ("wrong labels for the batch", "train_dhr_nn.py",
      "generator), labels[index]", "generator), labels[index.flip(0)]", TRAINING),
     ("shift without reflection", "train_dhr_nn.py",

@@ -393,9 +393,9 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
             raise ValueError("its model_config asks for more weights than it holds")
         model = DHRNet(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-    except OSError:
-        raise
     except Exception as error:  # a foreign file can fail in any way
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
         reason = str(error).strip().split("\n")[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's text would advise to run the code
             reason = "it holds more than tensors and plain values"

@@ -7,17 +7,16 @@ MD5. Sources, sizes and licences are listed in data/README.md.
 
 import http.client
 import os
-import shutil
+import socket
 import sys
 import tarfile
 import tempfile
-import urllib.error
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,39 +31,41 @@ UNKNOWN_SETS = (
 )  # fmt: skip
 HELD_OUT_CLASSES = "held-out-classes"  # test images of the data set's own classes left unknown
 
-VAL_PER_CLASS, VAL_SHARE = (
-    250,
-    0.1,
-)  # val holds this many training images a class, at most this share
+VAL_PER_CLASS = 250  # val holds this many training images a class,
+VAL_SHARE = 0.1  # but at most this share of them
 TEST_SHARE = 0.2  # of a data set that has no test split of its own
 SPLIT_SEED = 0  # val is the same for every training seed
 NOISE_COUNT = 10_000
 FOLDER_IMAGE_SIZE = 32
 MAX_NAMED = 10  # unreadable files named one by one; the rest are counted
+PATIENCE = 60  # seconds a server may be silent
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # EPS would run Ghostscript
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
+TORCHVISION = {  # name: (torchvision's class, what it leaves in the data folder)
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+    "mnist": ("MNIST", "MNIST"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
+    "svhn": ("SVHN", "{split}_32x32.mat"),
+    "textures": ("DTD", "dtd"),
+}
 TINY_IMAGENET = (
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
 TINY_IMAGENET_SIZE = 64
-ODIN_ARCHIVES = {  # file name: (MD5, folder of images, pixels of frame around each, dropbox id)
-    "Imagenet.tar.gz": ("7c0827e4246c3718a5ee076e999e52e5", "Imagenet/test", 2, "avgm2u562itwpkl"),
-    "LSUN.tar.gz": ("458a0a0ab8e5f1cb4516d7400568e460", "LSUN/test", 2, "fhtsw1m3qxlwj6h"),
-    "LSUN_resize.tar.gz": (
-        "278b7b31c8cb7e804a1465a8ce03a2dc", "LSUN_resize/LSUN_resize", 0, "moqh2wh8696c3yl"),
-    "iSUN.tar.gz": ("be77b0f2c26fda898afac5f99645ee70", "iSUN", 0, "ssz7qxfqae0cca5"),
+ODIN_ARCHIVES = {  # name: (archive, MD5, folder of images, pixels of frame around each, dropbox id)
+    "tiny-imagenet-crop": (
+        "Imagenet.tar.gz", "7c0827e4246c3718a5ee076e999e52e5", "Imagenet/test", 2,
+        "avgm2u562itwpkl"),
+    "lsun-crop": (
+        "LSUN.tar.gz", "458a0a0ab8e5f1cb4516d7400568e460", "LSUN/test", 2, "fhtsw1m3qxlwj6h"),
+    "lsun-resize": (
+        "LSUN_resize.tar.gz", "278b7b31c8cb7e804a1465a8ce03a2dc", "LSUN_resize/LSUN_resize", 0,
+        "moqh2wh8696c3yl"),
+    "isun": ("iSUN.tar.gz", "be77b0f2c26fda898afac5f99645ee70", "iSUN", 0, "ssz7qxfqae0cca5"),
 }  # fmt: skip
-ODIN_ARCHIVE_OF = {
-    "tiny-imagenet-crop": "Imagenet.tar.gz",
-    "lsun-crop": "LSUN.tar.gz",
-    "lsun-resize": "LSUN_resize.tar.gz",
-    "isun": "iSUN.tar.gz",
-}
-
-
-T = TypeVar("T")
 
 
 class ImagesUnavailable(Exception):
@@ -110,9 +111,8 @@ def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> 
     if name.startswith("folder:"):
         all_classes, train, test = _read_class_folders(Path(name.removeprefix("folder:")))
     elif name in KNOWN_SETS:
-        all_classes, train, test = _or_unavailable(
-            name, data_dir, lambda: _read_known(name, data_dir)
-        )
+        with _what_to_do(name, data_dir):
+            all_classes, train, test = _read_known(name, data_dir)
     else:
         raise ValueError(f"data set {name!r} is not one of {', '.join(KNOWN_SETS)} or folder:PATH")
     if test is None:
@@ -157,9 +157,8 @@ def load_unknown(
     if name.startswith("folder:"):
         images = read_images(image_files([Path(name.removeprefix("folder:"))]), image_size)[0]
     elif name in UNKNOWN_SETS:
-        images = _or_unavailable(
-            name, data_dir, lambda: _read_unknown(name, data_dir, image_size, seed)
-        )
+        with _what_to_do(name, data_dir):
+            images = _read_unknown(name, data_dir, image_size, seed)
     else:
         raise ValueError(
             f"unknown set {name!r} is not one of {', '.join(UNKNOWN_SETS)} or folder:PATH"
@@ -225,7 +224,7 @@ def read_images(
         print(f"{len(skipped):,} of {len(files):,} files are not readable images", file=sys.stderr)
     if not images:
         raise ValueError(
-            f"{printable(files[0])} and {len(files) - 1} more files: none is a readable image"
+            f"{', '.join(map(printable, files[:1]))}: none of {len(files)} files is a readable image"
         )
     return np.stack(images), read
 
@@ -252,12 +251,13 @@ def printable(path: object) -> str:
     return text if (text := str(path)).isprintable() else repr(text)
 
 
-def _or_unavailable(name: str, data_dir: Path, read: Callable[[], T]) -> T:
-    """Call `read`, which may download, and say in one line what to do when that fails."""
+@contextmanager
+def _what_to_do(name: str, data_dir: Path) -> Iterator[None]:
+    """Say in one line what to do when reading or downloading fails."""
     try:
-        return read()
-    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException,
-            tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:  # fmt: skip
+        yield
+    except (OSError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile,
+            RuntimeError) as error:  # fmt: skip
         # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
         reason = " ".join(str(error).split())
         raise ImagesUnavailable(
@@ -268,7 +268,6 @@ def _or_unavailable(name: str, data_dir: Path, read: Callable[[], T]) -> T:
 
 def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSet | None]:
     """Class names, training images, and test images where the data set has a split of its own."""
-    root = str(data_dir)
     if name == "digits":
         from sklearn.datasets import load_digits  # only this set needs it
 
@@ -278,40 +277,50 @@ def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSe
         return [str(digit) for digit in digits.target_names], ImageSet(images, digits.target), None
     if name == "tiny-imagenet":
         return _read_tiny_imagenet_classes(data_dir)
+    classes, train = _read_torchvision(name, data_dir, "train")
+    return classes, train, _read_torchvision(name, data_dir, "test")[1]
+
+
+def _read_torchvision(name: str, data_dir: Path, split: str) -> tuple[list[str], ImageSet]:
+    """Class names, and the images of one split."""
+    dataset = _torchvision_dataset(name, data_dir, split)
     if name == "svhn":
-        splits = [datasets.SVHN(root, split, download=True) for split in ("train", "test")]
-        train, test = (ImageSet(s.data.transpose(0, 2, 3, 1), np.asarray(s.labels)) for s in splits)
-        return [str(digit) for digit in range(10)], train, test
-    dataset_class = {
-        "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-        "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
-    }[name]  # fmt: skip
-    splits = [dataset_class(root, train=is_train, download=True) for is_train in (True, False)]
-    train, test = (
-        ImageSet(
-            np.asarray(s.data).reshape(len(s), *np.asarray(s.data).shape[1:3], -1),
-            np.asarray(s.targets, np.int64),
-        )
-        for s in splits
-    )
-    return list(splits[0].classes), train, test
+        images = np.ascontiguousarray(dataset.data.transpose(0, 2, 3, 1))
+        return [str(digit) for digit in range(10)], ImageSet(images, dataset.labels)
+    images = np.asarray(dataset.data)
+    images = images.reshape(*images.shape[:3], -1)
+    return dataset.classes, ImageSet(images, np.asarray(dataset.targets, np.int64))
+
+
+def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
+    """One split as a torchvision data set, downloaded and unpacked aside: torchvision keeps wrong
+    files under their final names, and of MNIST and DTD takes half an unpacking for the whole."""
+    class_name, part = TORCHVISION[name]
+    argument = split if name in ("svhn", "textures") else split == "train"
+    path, make = data_dir / part.format(split=split), getattr(datasets, class_name)
+    if not path.exists():
+        with _aside(data_dir) as folder:
+            make(folder, argument, download=True)
+            os.replace(folder / path.name, path)
+    try:
+        return make(data_dir, argument)
+    except Exception as error:  # it may fail in any way on damaged files
+        raise RuntimeError(f"{path} is damaged: remove it to have it downloaded again") from error
 
 
 def _read_tiny_imagenet_classes(data_dir: Path) -> tuple[list[str], ImageSet, ImageSet]:
     """The 200 classes; the validation images, whose labels are public, serve as test images."""
-    root = _tiny_imagenet_root(data_dir)
-    classes = (root / "wnids.txt").read_text().split()
-    train_files = [sorted((root / "train" / c / "images").iterdir(), key=str) for c in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in train_files])
-    images, read = read_images(list(chain(*train_files)), TINY_IMAGENET_SIZE)
-    train = ImageSet(images, labels[read])
-    rows = [
-        line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
-    ]
-    labels = np.array([classes.index(row[1]) for row in rows])
-    files = [root / "val" / "images" / row[0] for row in rows]
-    images, read = read_images(files, TINY_IMAGENET_SIZE)
-    return classes, train, ImageSet(images, labels[read])
+    train, test = (_tiny_imagenet_files(data_dir, part) for part in ("train", "val"))
+    train_names = [file.parent.parent.name for file in train]
+    rows = (test[0].parent.parent / "val_annotations.txt").read_text().splitlines()
+    name_of = dict(row.split("\t")[:2] for row in rows)
+    test_names = [name_of[file.name] for file in test]
+    classes = sorted(set(train_names))
+    splits = []
+    for files, names in ((train, train_names), (test, test_names)):
+        images, read = read_images(files, TINY_IMAGENET_SIZE)
+        splits.append(ImageSet(images, np.searchsorted(classes, names)[read]))
+    return classes, splits[0], splits[1]
 
 
 def _read_class_folders(root: Path) -> tuple[list[str], ImageSet, None]:
@@ -333,85 +342,78 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
     if name == "gaussian-noise":  # mean 0.5, deviation 1, clipped to 0..1, as in the ODIN paper
         pixels = rng.standard_normal(shape, dtype=np.float32) + 0.5
         return (pixels.clip(0, 1) * 255).astype(np.uint8)
-    if name == "tiny-imagenet-crop" and _tiny_imagenet_test(data_dir) is None:
-        archive = ODIN_ARCHIVE_OF[name]
-        if (data_dir / archive).exists() or (data_dir / ODIN_ARCHIVES[archive][1]).is_dir():
-            return _read_odin_archive(archive, data_dir)
-    if name.startswith("tiny-imagenet"):
-        files = _tiny_imagenet_test(data_dir) or _tiny_imagenet_test(data_dir, download=True)
-        assert files is not None
-        if name == "tiny-imagenet-resize":
-            return read_images(files, image_size)[0]
-        return _random_crops(read_images(files, TINY_IMAGENET_SIZE)[0], image_size, rng)
-    if name in ODIN_ARCHIVE_OF:
-        return _read_odin_archive(ODIN_ARCHIVE_OF[name], data_dir)
+    if name in ODIN_ARCHIVES and _prefers_archive(name, data_dir):
+        return _read_odin_archive(name, data_dir)
+    if name == "tiny-imagenet-resize":
+        return read_images(_tiny_imagenet_files(data_dir, "test"), image_size)[0]
+    if name == "tiny-imagenet-crop":
+        whole, _ = read_images(_tiny_imagenet_files(data_dir, "test"), TINY_IMAGENET_SIZE)
+        return _random_crops(whole, image_size, rng)
     if name == "textures":
-        textures = datasets.DTD(str(data_dir), "test", download=True)
+        textures = _torchvision_dataset(name, data_dir, "test")
         return read_images(textures._image_files, image_size)[0]
     if name == "cifar100" and (data_dir / "cifar100" / "test").is_dir():  # as image files
         return read_images(image_files([data_dir / "cifar100" / "test"]), 32)[0]
-    _, _, test = _read_known(name, data_dir)
-    assert test is not None
-    return test.images
+    return _read_torchvision(name, data_dir, "test")[1].images
 
 
-def _tiny_imagenet_test(data_dir: Path, download: bool = False) -> list[Path | zipfile.Path] | None:
-    """The TinyImageNet test files in order of their names, from the folder or inside the zip."""
-    folder = data_dir / "tiny-imagenet-200" / "test"
+def _prefers_archive(name: str, data_dir: Path) -> bool:
+    """Whether to read ODIN's archive; of TinyImageNet, only where that is all there is."""
+    archive, _, folder, *_ = ODIN_ARCHIVES[name]
+    original = ("tiny-imagenet-200/test", "tiny-imagenet-200.zip")
+    return name != "tiny-imagenet-crop" or (
+        any((data_dir / path).exists() for path in (archive, folder))
+        and not any((data_dir / path).exists() for path in original)
+    )
+
+
+def _tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
+    """The images of `train`, `val` or `test` by their names, in the folder or inside the zip."""
+    folder = data_dir / "tiny-imagenet-200" / part
     if folder.is_dir():
-        return list(image_files([folder]))
+        return image_files([folder])
     archive = data_dir / "tiny-imagenet-200.zip"
-    if download:
-        _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
-    if not archive.exists():
-        return None
-    if not check_integrity(str(archive), TINY_IMAGENET[1]):
-        raise RuntimeError(f"{archive} is not the published file (MD5 {TINY_IMAGENET[1]})")
-    inside = zipfile.Path(archive, "tiny-imagenet-200/test/images/")
-    return sorted(inside.iterdir(), key=lambda file: file.name)
+    _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
+    inside = zipfile.ZipFile(archive)
+    names = (name for name in inside.namelist() if name.startswith(f"tiny-imagenet-200/{part}/"))
+    return [zipfile.Path(inside, name) for name in sorted(names) if name.endswith(".JPEG")]
 
 
-def _tiny_imagenet_root(data_dir: Path) -> Path:
-    root = data_dir / "tiny-imagenet-200"
-    if not (root / "wnids.txt").exists():
-        archive = data_dir / "tiny-imagenet-200.zip"
-        _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
-        _unpack(archive, [f"{root.name}/{part}" for part in ("train", "val", "wnids.txt")])
-    return root
+def _read_odin_archive(name: str, data_dir: Path) -> np.ndarray:
+    archive, md5, folder, frame, dropbox_id = ODIN_ARCHIVES[name]
+    images = data_dir / folder
+    if not images.is_dir():
+        # A link without /raw/ would answer with an HTML page; the MD5 catches that too.
+        url = f"https://www.dropbox.com/s/raw/{dropbox_id}/{archive}"
+        _download(url, data_dir / archive, md5)
+        with _aside(data_dir) as aside, tarfile.open(data_dir / archive) as tar:
+            tar.extractall(aside, filter="data")  # no paths or links outside, no devices
+            images.parent.mkdir(exist_ok=True)
+            os.replace(aside / folder, images)
+    return read_images(image_files([images]), 32, frame)[0]
 
 
 def _download(url: str, path: Path, md5: str) -> None:
     """Download what is not there yet; the name is given to nothing but the whole, right file."""
-    if check_integrity(str(path), md5):
-        return
-    part = path.with_name(f"{path.name}.part")
+    if not path.exists():
+        with _aside(path.parent) as folder:
+            download_url(url, folder, path.name, md5)
+            os.replace(folder / path.name, path)
+    elif not check_integrity(path, md5):
+        raise RuntimeError(f"{path} is not the published file (MD5 {md5}): remove it")
+
+
+@contextmanager
+def _aside(data_dir: Path) -> Iterator[Path]:
+    """A folder to download and unpack in, gone in the end; meanwhile silent servers time out."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
     try:
-        download_url(url, str(path.parent), part.name, md5)
-        os.replace(part, path)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=data_dir) as folder:
+            yield Path(folder)
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _unpack(archive: Path, parts: Sequence[str]) -> None:
-    """Unpack an archive aside, then move its parts beside it in turn, so that each is whole."""
-    with tempfile.TemporaryDirectory(prefix="unpacking-", dir=archive.parent) as aside:
-        # "data" refuses paths outside, links to there and devices; zips lose all three anyway.
-        shutil.unpack_archive(archive, aside, filter=None if archive.suffix == ".zip" else "data")
-        for part in parts:
-            target = archive.parent / part
-            target.parent.mkdir(exist_ok=True)
-            if not target.exists():
-                os.replace(Path(aside) / part, target)
-
-
-def _read_odin_archive(archive: str, data_dir: Path) -> np.ndarray:
-    md5, folder, frame, dropbox_id = ODIN_ARCHIVES[archive]
-    if not (data_dir / folder).is_dir():
-        # A link without /raw/ would answer with an HTML page; the MD5 catches that too.
-        url = f"https://www.dropbox.com/s/raw/{dropbox_id}/{archive}"
-        _download(url, data_dir / archive, md5)
-        _unpack(data_dir / archive, [folder])
-    return read_images(image_files([data_dir / folder]), 32, frame)[0]
+        socket.setdefaulttimeout(timeout)
 
 
 def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -452,9 +454,9 @@ def _class_indices(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 def _relabel(images: ImageSet, known: Sequence[int]) -> ImageSet:
     """Keep the images of the known classes; class known[i] gets label i."""
-    kept = _select(images, np.isin(images.labels, known))
-    order = np.argsort(known)
-    return ImageSet(kept.images, order[np.searchsorted(known, kept.labels, sorter=order)])
+    is_class = images.labels[:, None] == np.array(known)  # [N, K]
+    kept = _select(images, is_class.any(axis=1))
+    return ImageSet(kept.images, is_class.argmax(axis=1)[is_class.any(axis=1)])
 
 
 def _select(images: ImageSet, mask: np.ndarray) -> ImageSet:

@@ -176,12 +176,12 @@ def test_tiny_imagenet_is_read_from_the_zip_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tiny-imagenet-crop", "lsun-crop", "lsun-resize", "isun"])
 def test_odin_archives_are_checked_and_lose_their_frame(tmp_path, monkeypatch, name):
-    archive = open_set_data.ODIN_ARCHIVE_OF[name]
-    _, folder, frame, link = open_set_data.ODIN_ARCHIVES[archive]
+    archive, _, folder, frame, link = open_set_data.ODIN_ARCHIVES[name]
     size = 32 + 2 * frame
     contents = [(f"{folder}/{i}.png", picture_bytes(i, (size, size))) for i in range(3)]
     md5 = make_tar(tmp_path / archive, contents)
-    monkeypatch.setitem(open_set_data.ODIN_ARCHIVES, archive, (md5, folder, frame, link))
+    known = (archive, md5, folder, frame, link)
+    monkeypatch.setitem(open_set_data.ODIN_ARCHIVES, name, known)
     images = load_unknown(name, tmp_path, 32)
     whole = np.asarray(picture(1, (size, size)))
     assert np.array_equal(images[1], whole[frame : size - frame, frame : size - frame])
@@ -223,7 +223,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 def test_nothing_readable_is_one_clear_error(tmp_path):
     (tmp_path / "zero.png").touch()
-    with pytest.raises(ValueError, match="none is a readable image"):
+    with pytest.raises(ValueError, match="none of 1 files is a readable image"):
         read_images([tmp_path / "zero.png"], 32)
     with pytest.raises(ValueError, match="no such file or folder"):
         image_files([tmp_path / "absent.png"])

@@ -223,9 +223,8 @@ def read_images(
     if skipped:
         print(f"{len(skipped):,} of {len(files):,} files are not readable images", file=sys.stderr)
     if not images:
-        raise ValueError(
-            f"{', '.join(map(printable, files[:1]))}: none of {len(files)} files is a readable image"
-        )
+        first = "".join(map(printable, files[:1]))
+        raise ValueError(f"{first}: none of {len(files)} files is a readable image")
     return np.stack(images), read
 
 

@@ -141,8 +141,8 @@ def dhr_openmax(train: Activations, val: Activations, rule: Rule) -> Scorer:
     model.fit(activation_vectors(train, "avg"), train.labels, activation_vectors(val, "avg"))
 
     def score(images: Activations) -> Scores:
-        vectors = activation_vectors(images, "avg")
-        return Scores(model.decision_function(vectors), model.predict_proba(vectors))
+        decided = model.decide(activation_vectors(images, "avg"))
+        return Scores(decided[:, 0], decided[:, 1:])
 
     return score
 

@@ -196,7 +196,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
     add("--batch-size", type=int, default=500, metavar="N",
-        help="images the network sees at once (default 500)")
+        help="images sent to the device at once; changes no result (default 500)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the random crops and the noise images (default 0)")
     add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")

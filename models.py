@@ -28,6 +28,7 @@ from torch import Tensor, nn
 ARCHITECTURES = ("fast", "vgg")
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
+CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
 MAX_INFLATION = 20  # bytes that a .pt or .npz file may claim for each one it has; ours stay below 4
 MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
 RUN_KEYS = {
@@ -179,7 +180,9 @@ class DHRNet(nn.Module):
     def activations(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What classification and OpenMax need of images, without the decoder.
 
-        Where `mirrored`, everything is averaged over the image and its mirror image.
+        Where `mirrored`, everything is averaged over the image and its mirror image. The network
+        always sees chunks of one size, the last filled up with black images: another size would
+        take other kernels, which round differently, and scores would depend on the company.
 
         Args:
             images: as for `forward`.
@@ -188,6 +191,16 @@ class DHRNet(nn.Module):
             logits [N, K], and the latents of all levels, shallow to deep, max-pooled and
             average-pooled over space, each [N, 32 L]; float32.
         """
+        count = max(1, CHUNK_PIXELS // self.config["image_size"] ** 2)
+        parts = []
+        for chunk in images.split(count):
+            filled = chunk.new_zeros(count, *chunk.shape[1:]).to(memory_format=torch.channels_last)
+            filled[: len(chunk)] = chunk
+            parts.append([part[: len(chunk)] for part in self._chunk_activations(filled)])
+        logits, largest, average = map(torch.cat, zip(*parts, strict=True))
+        return logits, largest, average
+
+    def _chunk_activations(self, images: Tensor) -> list[Tensor]:
         views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for view in views:
@@ -195,10 +208,7 @@ class DHRNet(nn.Module):
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
             parts.append((logits.float(), largest.float(), average))
-        logits, largest, average = (
-            torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)
-        )
-        return logits, largest, average
+        return [torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)]
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""

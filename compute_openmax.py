@@ -3,21 +3,75 @@
     python compute_openmax.py                                 # dhr_net.pt, CIFAR-10 / TinyImageNet
     python compute_openmax.py --unknown svhn folder:my/images --json results.json
     python compute_openmax.py --images photo.jpg holiday/     # a known class, or unknown?
+    torchrun --nproc-per-node 8 compute_openmax.py            # images shared out to eight GPUs
 
 The network runs over every image once. Five methods are fitted on the training images, take their
 threshold from validation images of known classes, and are compared on the test images.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+from choices import DISTANCES, KNOWN_SPLITS, UNKNOWN_SETS
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        # Asking the terminal for its width would import more modules.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+        allow_abbrev=False,
+    )
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
+        help="written by train_dhr_nn.py (default dhr_net.pt, as shipped)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="where image sets lie or are downloaded to (default data)")
+    add("--unknown", nargs="+", metavar="NAME",
+        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; or the "
+        "classes left out, for a network trained with --known-classes)")
+    add("--images", nargs="+", type=Path, metavar="PATH",
+        help="say of these image files or folders what they show, instead of measuring")
+    add("--latents", choices=("max", "avg", "none"), default="max",
+        help="how crosr pools latents over space (default max, as published)")
+    add("--distance", choices=DISTANCES, default="euclidean",
+        help="of openmax and crosr to the MAV (default euclidean, as published)")
+    add("--tail-size", type=int, default=20, metavar="N",
+        help="largest distances a Weibull is fitted to, 5 or more (default 20, as published)")
+    add("--alpha", type=int, default=0, metavar="N",
+        help="top-ranked classes that openmax and crosr revise, as printed in the papers; "
+        "0 for the released code's form without ranks (default 0)")
+    add("--json", type=Path, metavar="PATH", help="write the results there too (default: do not)")
+    add("--no-cache", action="store_true",
+        help="extract all activations anew, and store none (default: DIR/cache)")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
+    add("--batch-size", type=int, default=500, metavar="N",
+        help="images sent to the device at once; changes no result (default 500)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the random crops and the noise images (default 0)")
+    add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; expected at least 1")
+    if set(args.unknown or ()) & set(KNOWN_SPLITS):
+        parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
+    return args
+
+
+if __name__ == "__main__":  # bad arguments and --help end here, before the slow imports
+    parse_args(None)
+
 import hashlib
 import inspect
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +79,7 @@ import torch
 from scipy.special import expit, softmax
 from tqdm import tqdm
 
+from distributed import first_process_first, joined_processes, rank, shared_out
 from metrics import Scores, open_set_metrics, threshold_accepting
 from models import (
     LATENT_CHANNELS,
@@ -38,7 +93,6 @@ from models import (
 )
 from open_set_data import (
     HELD_OUT_CLASSES,
-    UNKNOWN_SETS,
     ImageSet,
     ImagesUnavailable,
     fit_to,
@@ -48,10 +102,9 @@ from open_set_data import (
     printable,
     read_images,
 )
-from openmax import DISTANCES, UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
+from openmax import UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
 
 SHIPPED_ACTIVATIONS = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
-KNOWN_SPLITS = ("train", "val", "test_known")
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
     "auroc": "AUROC",
@@ -164,51 +217,6 @@ def activation_vectors(images: Activations, latents: str) -> np.ndarray:
     return np.hstack([images.logits, pooled])
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    # fmt: off
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
-        help="written by train_dhr_nn.py (default dhr_net.pt, as shipped)")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="where image sets lie or are downloaded to (default data)")
-    add("--unknown", nargs="+", metavar="NAME",
-        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; or the "
-        "classes left out, for a network trained with --known-classes)")
-    add("--images", nargs="+", type=Path, metavar="PATH",
-        help="say of these image files or folders what they show, instead of measuring")
-    add("--latents", choices=("max", "avg", "none"), default="max",
-        help="how crosr pools latents over space (default max, as published)")
-    add("--distance", choices=DISTANCES, default="euclidean",
-        help="of openmax and crosr to the MAV (default euclidean, as published)")
-    add("--tail-size", type=int, default=20, metavar="N",
-        help="largest distances a Weibull is fitted to, 5 or more (default 20, as published)")
-    add("--alpha", type=int, default=0, metavar="N",
-        help="top-ranked classes that openmax and crosr revise, as printed in the papers; "
-        "0 for the released code's form without ranks (default 0)")
-    add("--json", type=Path, metavar="PATH", help="write the results there too (default: do not)")
-    add("--no-cache", action="store_true",
-        help="extract all activations anew, and store none (default: DIR/cache)")
-    add("--device", default="auto", metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
-    add("--batch-size", type=int, default=500, metavar="N",
-        help="images sent to the device at once; changes no result (default 500)")
-    add("--seed", type=int, default=0, metavar="N",
-        help="of the random crops and the noise images (default 0)")
-    add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
-    # fmt: on
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}; expected at least 1")
-    if set(args.unknown or ()) & set(KNOWN_SPLITS):
-        parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
-    return args
-
-
 def extract(
     model: DHRNet,
     images: ImageSet,
@@ -219,8 +227,9 @@ def extract(
 ) -> Activations:
     """Run the network, decoder skipped, over an image set."""
     parts = []
-    bar = tqdm(total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False)
-    for start in range(0, len(images.labels), batch_size):
+    bar = tqdm(total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False,
+               disable=rank() > 0)  # fmt: skip
+    for start in range(0, max(1, len(images.labels)), batch_size):
         batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
         with autocast:
             parts.append(model.activations(batch.permute(0, 3, 1, 2)))
@@ -256,6 +265,8 @@ def cached(
     except Exception as error:  # whatever is wrong with it, it can be made anew
         print(f"{path} is damaged ({error}); made anew", file=sys.stderr)
     activations = make()
+    if rank():
+        return activations
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda file: np.savez(file, **activations._asdict()))
@@ -402,7 +413,7 @@ def run(args: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    if args.json:
+    if args.json and not rank():
         try_writing(args.json, 2**20)
 
     # The network
@@ -428,7 +439,9 @@ def run(args: argparse.Namespace) -> None:
     )
     seconds = {}
     try:
-        image_sets = load_image_sets(meta, names, args.data_dir, args.seed)
+        image_sets = first_process_first(
+            lambda: load_image_sets(meta, names, args.data_dir, args.seed)
+        )
         seconds["load"] = lap()
         if args.dry_run:
             for name, images in image_sets.items():
@@ -438,7 +451,7 @@ def run(args: argparse.Namespace) -> None:
         widths = [config["num_classes"], *[LATENT_CHANNELS * len(model.bottlenecks)] * 2]
         sets, origin = {}, "extracted"
         for name, images in image_sets.items():
-            make = partial(extract_set, images, name)
+            make = partial(shared_out, partial(extract_set, title=name), images)
             key = cache_key(checkpoint_hash, images, number_format)
             path = args.data_dir / "cache" / f"{key}.npz"
             sets[name] = make() if args.no_cache else cached(path, images.labels, widths, make)
@@ -450,6 +463,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{error}.\nUsing the activation vectors that ship with the checkpoint.")
         seconds["load"] = lap()
     seconds["extract"] = lap()
+    if rank():
+        return
 
     # Methods: fitted on training images, thresholds from validation images
     rule = Rule(args.latents, args.distance, args.tail_size, args.alpha)
@@ -498,7 +513,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        run(args)
+        with joined_processes():
+            run(args)
     except (ImagesUnavailable, ValueError, OSError) as error:
         print(f"compute_openmax.py: error: {error}", file=sys.stderr)
         return 1

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ARCHITECTURES = ("fast", "vgg")
+from choices import ARCHITECTURES
+
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
 CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
@@ -238,12 +239,39 @@ class DHRNet(nn.Module):
                 layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
+class MaxPool(nn.Module):
+    """2x2 max pooling that saves memory in training: PyTorch's own keeps its input and eight bytes
+    an output for the way back, half of what a step holds; this keeps two or four bytes an output.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _MaxPoolFunction.apply(x)
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        pooled, index = F.max_pool2d(x, 2, return_indices=True)
+        small = torch.int16 if x.shape[2] * x.shape[3] < 2**15 else torch.int32
+        ctx.save_for_backward(index.to(small))
+        ctx.size, ctx.stride = x.size(), x.stride()
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        like_input = gradient.new_empty_strided(ctx.size, ctx.stride)  # its values are not read
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient, like_input, [2, 2], [2, 2], [0, 0], [1, 1], False, index.long()
+        )
+
+
 def _vgg_stage(in_channels: int, width: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(depth):
         layers.append(nn.Conv2d(width if i else in_channels, width, 3, padding=1, bias=False))
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Dropout(0.25))
+    return nn.Sequential(*layers, MaxPool(), nn.Dropout(0.25))
 
 
 def _fast_stage(in_channels: int, width: int) -> nn.Sequential:
@@ -253,14 +281,15 @@ def _fast_stage(in_channels: int, width: int) -> nn.Sequential:
     for conv, norm in ((conv1, norm1), (conv2, norm2)):
         nn.init.dirac_(conv.weight.data[: conv.in_channels])  # the first filters start as identity
         norm.weight.requires_grad = False  # gain 1, as in airbench
-    return nn.Sequential(conv1, nn.MaxPool2d(2), norm1, nn.GELU(), conv2, norm2, nn.GELU())
+    return nn.Sequential(conv1, MaxPool(), norm1, nn.GELU(), conv2, norm2, nn.GELU())
 
 
 def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:
     """Choose the device, and bfloat16 where it has units for it.
 
     Args:
-        name: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, …
+        name: `auto` (a GPU where there is one), `cpu`, `cuda` (torchrun's processes take one each),
+            `cuda:1`, …
 
     Returns:
         the device, and the autocast context to run the network in (disabled where there is no
@@ -271,6 +300,8 @@ def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process, under torchrun
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -24,11 +24,8 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
 
-KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
-UNKNOWN_SETS = (
-    "tiny-imagenet-crop", "tiny-imagenet-resize", "lsun-crop", "lsun-resize", "isun", "svhn",
-    "cifar100", "mnist", "textures", "gaussian-noise", "uniform-noise",
-)  # fmt: skip
+from choices import KNOWN_SETS, UNKNOWN_SETS
+
 HELD_OUT_CLASSES = "held-out-classes"  # test images of the data set's own classes left unknown
 
 VAL_PER_CLASS = 250  # val holds this many training images a class,

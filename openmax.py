@@ -17,6 +17,8 @@ from scipy.spatial.distance import cdist
 from scipy.special import expit, softmax
 from sklearn.covariance import LedoitWolf
 
+from choices import DISTANCES
+
 try:
     import libmr
 
@@ -26,7 +28,6 @@ except ImportError:  # it needs a compiler to install
     WEIBULL_ENGINE = "scipy"
 
 UNKNOWN = -1  # label of the unknown class, and its column, the last, in an array of probabilities
-DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
 MIN_TAIL_SIZE = 5  # three points or fewer give the same shape whatever they are
 SMALLEST_SPREAD = 1e-10  # of a tail, relative to its values or 1: below, rounding decides
 LARGEST_DISTANCE = 1e15  # of a tail: beyond, libMR's translation by 1 is lost in rounding

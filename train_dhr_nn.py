@@ -3,6 +3,7 @@
     python train_dhr_nn.py                              # CIFAR-10; writes dhr_net.pt
     python train_dhr_nn.py --resume                     # go on where a stopped run was
     python train_dhr_nn.py --known-classes 0,1,2,3,4,5  # leave four classes unknown
+    torchrun --nproc-per-node 8 train_dhr_nn.py         # on eight GPUs
 
 Images come from --data-dir or are downloaded. Every epoch is saved to OUT.partial; when the run is
 done, OUT is written and OUT.partial removed, so that OUT is always a whole, trained network.
@@ -10,49 +11,17 @@ done, OUT is written and OUT.partial removed, so that OUT is always a whole, tra
 
 import argparse
 import math
-import shlex
-import subprocess
 import sys
-import time
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-from models import (
-    ARCHITECTURES,
-    RUN_KEYS,
-    DHRNet,
-    load_checkpoint,
-    prepare_device,
-    save_checkpoint,
-    software_versions,
-    try_writing,
-)
-from open_set_data import KNOWN_SETS, ImageSet, ImagesUnavailable, load_known
-
-NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
-MAX_SHIFT = 4  # pixels, of the random translation
-WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
-LABEL_SMOOTHING = 0.1
-MUON_MOMENTUM = 0.6
-ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
-ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
-CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
-STORED_ARGS = (
-    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
-    "seed",
-)  # fmt: skip
+from choices import ARCHITECTURES, KNOWN_SETS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Asking the terminal for its width would import more modules.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         allow_abbrev=False,
     )
     # fmt: off
@@ -96,6 +65,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not allowed:
             parser.error(f"{flag} {value} is out of range; see --help")
     return args
+
+
+if __name__ == "__main__":  # bad arguments and --help end here, before the slow imports
+    parse_args(None)
+
+import shlex
+import subprocess
+import time
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distributed import (
+    average,
+    first_process_first,
+    joined_processes,
+    rank,
+    replicated,
+    world_size,
+)
+from models import (
+    RUN_KEYS,
+    DHRNet,
+    load_checkpoint,
+    prepare_device,
+    save_checkpoint,
+    software_versions,
+    try_writing,
+)
+from open_set_data import ImageSet, ImagesUnavailable, load_known
+
+NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
+MAX_SHIFT = 4  # pixels, of the random translation
+WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
+LABEL_SMOOTHING = 0.1
+MUON_MOMENTUM = 0.6
+ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
+ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
+STORED_ARGS = (
+    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
+    "seed",
+)  # fmt: skip
 
 
 class Muon(torch.optim.Optimizer):
@@ -178,7 +194,7 @@ def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Ge
 
 
 def training_step(
-    model: DHRNet,
+    model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     images: Tensor,
     labels: Tensor,
@@ -189,7 +205,8 @@ def training_step(
     with autocast:
         logits, reconstruction, _ = model(images)
         cross_entropy = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        mse = F.mse_loss(reconstruction, model.normalize(images))
+        plain_model: Any = getattr(model, "module", model)  # what DistributedDataParallel wraps
+        mse = F.mse_loss(reconstruction, plain_model.normalize(images))
     (cross_entropy + reconstruction_weight * mse).backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -224,8 +241,9 @@ def git_commit() -> str:
 
 
 def train(args: argparse.Namespace, partial: Path) -> None:
-    for path in (args.out, partial):
-        try_writing(path, CHECKPOINT_ROOM)
+    if not rank():
+        for path in (args.out, partial):
+            try_writing(path, CHECKPOINT_ROOM)
     if args.resume:
         if not partial.exists():
             raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
@@ -239,12 +257,19 @@ def train(args: argparse.Namespace, partial: Path) -> None:
 
     # Data: one uint8 tensor on the device
     known_classes = [name for name in args.known_classes.split(",") if name]
-    data = load_known(args.dataset, args.data_dir, known_classes)
+    data = first_process_first(lambda: load_known(args.dataset, args.data_dir, known_classes))
     images = torch.from_numpy(data.train.images).to(device)
     labels = torch.from_numpy(data.train.labels).to(device)
     count, size, _, channels = images.shape
     if args.batch_size > count:
         raise ValueError(f"--batch-size is {args.batch_size}; expected at most {count}, all images")
+    if args.batch_size % world_size() or args.batch_size == world_size():
+        raise ValueError(
+            f"--batch-size is {args.batch_size}; expected a multiple of {world_size()}, the number "
+            "of processes, with at least two images each"
+        )
+    share = args.batch_size // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
     first_mirror = torch.rand(count, generator=torch.Generator().manual_seed(args.seed)) < 0.5
     first_mirror = first_mirror.to(device)
 
@@ -255,6 +280,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
         model.fit_input_statistics(torch.from_numpy(data.train.images[:5000]).permute(0, 3, 1, 2))
     model.to(device).to(memory_format=torch.channels_last)
+    network = replicated(model)
     optimizers = build_optimizers(model, args.lr)
     first_epoch, steps = 0, count // args.batch_size
     if args.resume:
@@ -271,26 +297,27 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         # Seeded anew each epoch, so that a resumed run draws what an uninterrupted one would have.
-        torch.manual_seed(args.seed * 100_003 + epoch)
+        torch.manual_seed((args.seed * 100_003 + epoch) * world_size() + rank())
         generator = torch.Generator(device).manual_seed(args.seed * 100_003 + epoch)
         order = torch.randperm(count, generator=generator, device=device)
         # Every image is mirrored every other epoch, as in airbench, or never.
         mirror = (first_mirror ^ (epoch % 2 == 1)) & model.config["mirrored"]
         model.train()
         history = []
-        for step in tqdm(range(steps), f"epoch {epoch + 1}", unit="step", leave=False):
-            share = one_cycle(epoch * steps + step, args.epochs * steps)
+        for step in tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=rank() > 0):
+            rate = one_cycle(epoch * steps + step, args.epochs * steps)
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch, target = augment(images, index, mirror[index], generator), labels[index]
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = share * group["peak_lr"]
+                group["lr"] = rate * group["peak_lr"]
             weight = args.reconstruction_weight
-            history.append(training_step(model, optimizers, batch, target, weight, autocast))
+            part = batch[mine], target[mine]
+            history.append(training_step(network, optimizers, *part, weight, autocast))
             if args.dry_run:
                 print("dry run: took one step, wrote nothing")
                 return
         seconds = time.perf_counter() - start
-        losses = torch.stack(history).double().cpu()
+        losses = average(torch.stack(history).double().cpu())
         bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
         if len(bad_steps) or not all(w.isfinite().all() for w in model.state_dict().values()):
             bad_step = 1 + int(bad_steps[0]) if len(bad_steps) else steps  # the last broke weights
@@ -298,11 +325,13 @@ def train(args: argparse.Namespace, partial: Path) -> None:
                 f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
                 + (f" ({partial} holds epoch {epoch})" if epoch else "")
             )
+        if rank():
+            continue
         val_accuracy = accuracy(model, data.val, args.batch_size, device, autocast)
         images_per_second = steps * args.batch_size / seconds
         cross_entropy, mse, train_accuracy = losses.mean(dim=0).tolist()
         print(
-            f"{epoch + 1:5d}  {seconds:7.1f}  {images_per_second:8.0f}  {share * args.lr:6.4f}  "
+            f"{epoch + 1:5d}  {seconds:7.1f}  {images_per_second:8.0f}  {rate * args.lr:6.4f}  "
             f"{cross_entropy:13.4f}  {mse:6.4f}  {train_accuracy:9.4f}  {val_accuracy:7.4f}",
             flush=True,
         )
@@ -318,6 +347,8 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(partial, model, **saved, optimizer_states=states)
 
+    if rank():
+        return
     entries = {name: saved[name] for name in RUN_KEYS}
     save_checkpoint(args.out, model, **entries)
     partial.unlink()
@@ -331,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     partial = Path(f"{args.out}.partial")
     try:
-        train(args, partial)
+        with joined_processes():
+            train(args, partial)
     except (ImagesUnavailable, ValueError, OSError) as error:
         print(f"train_dhr_nn.py: error: {error}", file=sys.stderr)
         return 1

@@ -262,3 +262,14 @@ def test_help_of_every_flag_names_its_default(script):
         [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
     )
     assert result.stdout.count("default") >= 9
+
+
+@pytest.mark.parametrize("script", ["train_dhr_nn.py", "compute_openmax.py"])
+@pytest.mark.parametrize("flag", ["--help", "--epoch=3"])
+def test_help_and_argument_errors_import_no_numpy_or_pytorch(script, flag):
+    command = [sys.executable, "-X", "importtime", ROOT / script, flag]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == (0 if flag == "--help" else 2)
+    imported = {line.rsplit("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"numpy", "torch", "scipy", "sklearn", "PIL", "tqdm"}

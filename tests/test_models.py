@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import ARCHITECTURES, RUN_KEYS, DHRNet, load_checkpoint, save_checkpoint
+from models import ARCHITECTURES, RUN_KEYS, DHRNet, MaxPool, load_checkpoint, save_checkpoint
 
 
 def make_model(arch="fast", channels=3, size=32, classes=5):
@@ -185,3 +185,18 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
         save_checkpoint(path, make_model(), oops=lambda: None)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt"]
+
+
+@pytest.mark.parametrize("size", [31, 16, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lean_max_pooling_equals_pytorchs(size, dtype, memory_format):
+    results = []
+    for pool in (MaxPool(), torch.nn.MaxPool2d(2)):
+        x = torch.randn(2, 8, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = x.to(memory_format=memory_format).requires_grad_()
+        y = pool(x)
+        (y * y.detach()).sum().backward()
+        assert x.grad.stride() == x.stride()
+        results.append((y, x.grad))
+    assert all(map(torch.equal, *results))

@@ -84,6 +84,7 @@ from metrics import Scores, open_set_metrics, threshold_accepting
 from models import (
     LATENT_CHANNELS,
     DHRNet,
+    keep_freed_memory,
     load_checkpoint,
     prepare_device,
     refuse_damaged,
@@ -442,6 +443,7 @@ def run(args: argparse.Namespace) -> None:
         image_sets = first_process_first(
             lambda: load_image_sets(meta, names, args.data_dir, args.seed)
         )
+        keep_freed_memory()
         seconds["load"] = lap()
         if args.dry_run:
             for name, images in image_sets.items():

@@ -233,8 +233,9 @@ class DHRNet(nn.Module):
         self.std.copy_(pixels.std(dim=1).clamp_min(1e-3))  # a constant channel stays finite
         for layer in self.stem:
             if isinstance(layer, nn.Conv2d):
-                patches = F.unfold(self.normalize(images), 2).transpose(1, 2).flatten(0, 1)
-                eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+                patches = F.unfold(self.normalize(images), 2)
+                covariance = (patches @ patches.mT).mean(dim=0) / patches.shape[2]
+                eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
                 filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
                 layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
@@ -250,7 +251,7 @@ class MaxPool(nn.Module):
 
 class _MaxPoolFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         pooled, index = F.max_pool2d(x, 2, return_indices=True)
         small = torch.int16 if x.shape[2] * x.shape[3] < 2**15 else torch.int32
         ctx.save_for_backward(index.to(small))
@@ -258,7 +259,7 @@ class _MaxPoolFunction(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (index,) = ctx.saved_tensors
         like_input = gradient.new_empty_strided(ctx.size, ctx.stride)  # its values are not read
         return torch.ops.aten.max_pool2d_with_indices_backward(
@@ -307,15 +308,15 @@ def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here; use --device cpu") from error
     if device.type == "cpu":
-        _keep_freed_memory()
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
     else:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
 
 
-def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: each layer's output else costs a page fault every 4 KB."""
+def keep_freed_memory() -> None:
+    """Ask glibc to keep memory freed from now on: each layer's output else costs a page fault every
+    4 KB. To be called when the images are loaded, which frees much that nothing needs again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library

@@ -92,6 +92,7 @@ from distributed import (
 from models import (
     RUN_KEYS,
     DHRNet,
+    keep_freed_memory,
     load_checkpoint,
     prepare_device,
     save_checkpoint,
@@ -292,6 +293,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         f"{args.arch} DHR network, {parameters:,} parameters, {len(data.classes)} classes; "
         f"{count:,} training images; {device}, {'bfloat16' if autocast._enabled else 'float32'}"
     )
+    keep_freed_memory()
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
 
     for epoch in range(first_epoch, args.epochs):

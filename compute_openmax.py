@@ -402,7 +402,7 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    text = json.dumps(results, indent=2) + "\n"
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
     print(f"\nwrote {path}")
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
-from openmax import UNKNOWN, as_floats
+from openmax import UNKNOWN, as_floats, as_labels
 
 Array = NDArray[np.float64]
 
@@ -75,11 +75,9 @@ def detection_error(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float
 
     Source: ODIN (Liang et al. 2018), which takes known and unknown as equally likely.
     """
-    scores, is_unknown = _joined(known_scores, unknown_scores)
-    thresholds = np.unique(scores)
-    missed_known = 1 - _share_accepted(scores[~is_unknown], thresholds)
-    accepted_unknown = _share_accepted(scores[is_unknown], thresholds)
-    return float(min(0.5, ((missed_known + accepted_unknown) / 2).min()))
+    ranks, is_unknown = _ranked(known_scores, unknown_scores)
+    rejected_known, rejected_unknown, _ = roc_curve(is_unknown, ranks)
+    return float((rejected_known + 1 - rejected_unknown).min() / 2)
 
 
 def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: ArrayLike) -> float:
@@ -105,7 +103,7 @@ def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: Arra
         )
     thresholds = np.unique(scores)
     ccr = np.searchsorted(np.sort(known[correct]), thresholds, side="right") / len(known)
-    fpr = _share_accepted(scores[is_unknown], thresholds)
+    fpr = np.searchsorted(np.sort(scores[is_unknown]), thresholds, side="right") / is_unknown.sum()
     return float(np.trapezoid(np.append(0, ccr), np.append(0, fpr)))
 
 
@@ -117,8 +115,8 @@ def macro_f1(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> flo
         predictions: [N] int, likewise.
         num_classes: K.
     """
-    labels = _checked_labels(labels, "labels", num_classes)
-    predictions = _checked_labels(predictions, "predictions", num_classes)
+    labels = as_labels(labels, "labels", UNKNOWN, num_classes - 1)
+    predictions = as_labels(predictions, "predictions", UNKNOWN, num_classes - 1)
     classes = [*range(num_classes), UNKNOWN]
     return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
 
@@ -133,9 +131,9 @@ def macro_f1_at_half(labels: ArrayLike, probabilities: ArrayLike) -> float:
     Source: the evaluation of the released CROSR code.
     """
     probabilities = _checked_probabilities(probabilities)
-    labels = _checked_labels(labels, "labels", probabilities.shape[1] - 1)
-    columns = labels % probabilities.shape[1]  # UNKNOWN is the last column
-    truth = columns[:, None] == np.arange(probabilities.shape[1])
+    columns = probabilities.shape[1]
+    labels = as_labels(labels, "labels", UNKNOWN, columns - 2)
+    truth = (labels % columns)[:, None] == np.arange(columns)  # UNKNOWN is the last column
     return float(f1_score(truth, probabilities > 0.5, average="macro", zero_division=0))
 
 
@@ -171,10 +169,6 @@ def open_set_metrics(
     }
 
 
-def _share_accepted(scores: Array, thresholds: Array) -> Array:
-    return np.searchsorted(np.sort(scores), thresholds, side="right") / len(scores)
-
-
 def _joined(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
     known = _checked(known_scores, "known_scores")
     unknown = _checked(unknown_scores, "unknown_scores")
@@ -192,9 +186,7 @@ def _ranked(known_scores: ArrayLike, unknown_scores: ArrayLike) -> tuple[Array, 
 def _checked(scores: ArrayLike, name: str) -> Array:
     array = as_floats(scores, name)
     if array.ndim != 1 or not array.size:
-        raise ValueError(
-            f"{name} has shape {array.shape}; expected one score an image, at least one"
-        )
+        raise ValueError(f"{name} has shape {array.shape}; expected one score an image")
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN; expected a number for every image")
     return array
@@ -203,22 +195,5 @@ def _checked(scores: ArrayLike, name: str) -> Array:
 def _checked_probabilities(probabilities: ArrayLike) -> Array:
     array = as_floats(probabilities, "probabilities")
     if array.ndim != 2 or array.shape[1] < 2 or not ((array >= -1e-9) & (array <= 1 + 1e-9)).all():
-        raise ValueError(
-            f"probabilities have shape {array.shape}; expected [N, K + 1] with K at least 1, "
-            "all in 0..1"
-        )
+        raise ValueError(f"probabilities of shape {array.shape}; expected [N, K + 1], all in 0..1")
     return array
-
-
-def _checked_labels(labels: ArrayLike, name: str, num_classes: int) -> NDArray[np.int64]:
-    array = np.asarray(labels)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} have shape {array.shape} and type {array.dtype}; expected one integer an image"
-        )
-    if num_classes < 1 or array.min() < UNKNOWN or array.max() >= num_classes:
-        raise ValueError(
-            f"{name} lie in {array.min()}..{array.max()}; expected 0..{num_classes - 1} or "
-            f"{UNKNOWN}, with at least one class"
-        )
-    return array.astype(np.int64)

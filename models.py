@@ -33,7 +33,8 @@ CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` 
 MAX_INFLATION = 20  # bytes that a .pt or .npz file may claim for each one it has; ours stay below 4
 MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
 RUN_KEYS = {
-    "known_classes", "train_args", "epoch", "val_accuracy", "seed", "versions", "git_commit",
+    "known_classes": list, "train_args": dict, "epoch": int, "val_accuracy": float, "seed": int,
+    "versions": dict, "git_commit": str,
 }  # fmt: skip
 
 
@@ -90,6 +91,8 @@ class DHRNet(nn.Module):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
+        if not isinstance(mirrored, bool):
+            raise ValueError(f"mirrored is {mirrored!r}; expected True or False")
         size_allowed = 16 <= image_size <= MAX_IMAGE_SIZE
         if num_classes < 2 or in_channels not in (1, 3) or not size_allowed:
             raise ValueError(
@@ -410,7 +413,7 @@ def refuse_damaged(path: Path) -> None:
         if claimed > MAX_INFLATION * path.stat().st_size:
             raise ValueError(f"it claims to hold {claimed:,} bytes")
         if damaged := archive.testzip():
-            raise ValueError(f"{damaged} in it is damaged")
+            raise ValueError(f"{damaged!a} in it is damaged")
 
 
 def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
@@ -426,9 +429,10 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
     try:
         refuse_damaged(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = (MODEL_KEYS | RUN_KEYS) - checkpoint.keys()
+        missing = MODEL_KEYS - checkpoint.keys()
+        missing |= {k for k, kind in RUN_KEYS.items() if type(checkpoint.get(k)) is not kind}
         if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{', '.join(sorted(missing))}: missing or of another type")
         with torch.device("meta"):  # sizes without memory
             weights = DHRNet(**checkpoint["model_config"]).state_dict().values()
         if sum(weight.nbytes for weight in weights) > MAX_INFLATION * path.stat().st_size:

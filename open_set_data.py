@@ -47,10 +47,8 @@ TORCHVISION = {  # name: (torchvision's class, what it leaves in the data folder
     "svhn": ("SVHN", "{split}_32x32.mat"),
     "textures": ("DTD", "dtd"),
 }
-TINY_IMAGENET = (
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "90528d7ca1a48142e341f4ef8d21d0de",
-)
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_IMAGENET_SIZE = 64
 ODIN_ARCHIVES = {  # name: (archive, MD5, folder of images, pixels of frame around each, dropbox id)
     "tiny-imagenet-crop": (
@@ -111,7 +109,7 @@ def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> 
         with _what_to_do(name, data_dir):
             all_classes, train, test = _read_known(name, data_dir)
     else:
-        raise ValueError(f"data set {name!r} is not one of {', '.join(KNOWN_SETS)} or folder:PATH")
+        raise ValueError(f"data set {name!r} is none of {', '.join(KNOWN_SETS)}, folder:PATH")
     if test is None:
         in_test = _stratified_mask(train.labels, lambda count: round(TEST_SHARE * count))
         train, test = _select(train, ~in_test), _select(train, in_test)
@@ -121,13 +119,9 @@ def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> 
     in_val = _stratified_mask(
         train.labels, lambda count: min(VAL_PER_CLASS, max(1, int(VAL_SHARE * count)))
     )
-    return KnownData(
-        tuple(all_classes[index] for index in known),
-        _select(train, ~in_val),
-        _select(train, in_val),
-        test_known,
-        test.images[~np.isin(test.labels, known)],
-    )
+    classes = tuple(all_classes[index] for index in known)
+    unknown = test.images[~np.isin(test.labels, known)]
+    return KnownData(classes, _select(train, ~in_val), _select(train, in_val), test_known, unknown)
 
 
 def load_unknown(
@@ -157,9 +151,7 @@ def load_unknown(
         with _what_to_do(name, data_dir):
             images = _read_unknown(name, data_dir, image_size, seed)
     else:
-        raise ValueError(
-            f"unknown set {name!r} is not one of {', '.join(UNKNOWN_SETS)} or folder:PATH"
-        )
+        raise ValueError(f"unknown set {name!r} is none of {', '.join(UNKNOWN_SETS)}, folder:PATH")
     return fit_to(images, image_size, channels)
 
 
@@ -177,12 +169,10 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(
-                f"{path}: no such file or folder; expected an image or a folder of images"
-            )
+            raise ValueError(f"{path}: no such file or folder; expected images or folders of them")
     if not files:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no image file found; expected one at least"
+            f"{', '.join(map(str, paths))}: no image file found; expected at least one"
         )
     return files
 
@@ -323,11 +313,9 @@ def _read_class_folders(root: Path) -> tuple[list[str], ImageSet, None]:
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     if not folders:
         raise ValueError(f"{root}: expected a folder with one sub-folder of images a class")
-    images, labels = [], []
-    for label, folder in enumerate(folders):
-        images.append(read_images(image_files([folder]), FOLDER_IMAGE_SIZE)[0])
-        labels.append(np.full(len(images[-1]), label))
-    return [f.name for f in folders], ImageSet(np.concatenate(images), np.concatenate(labels)), None
+    parts = [read_images(image_files([folder]), FOLDER_IMAGE_SIZE)[0] for folder in folders]
+    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return [folder.name for folder in folders], ImageSet(np.concatenate(parts), labels), None
 
 
 def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.ndarray:
@@ -369,7 +357,7 @@ def _tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
     if folder.is_dir():
         return image_files([folder])
     archive = data_dir / "tiny-imagenet-200.zip"
-    _download(TINY_IMAGENET[0], archive, TINY_IMAGENET[1])
+    _download(TINY_IMAGENET, archive, TINY_IMAGENET_MD5)
     inside = zipfile.ZipFile(archive)
     names = (name for name in inside.namelist() if name.startswith(f"tiny-imagenet-200/{part}/"))
     return [zipfile.Path(inside, name) for name in sorted(names) if name.endswith(".JPEG")]
@@ -432,27 +420,21 @@ def fit_to(images: np.ndarray, size: int, channels: int) -> np.ndarray:
 
 
 def _class_indices(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
-    indices = []
-    for item in wanted or classes:
-        if item in classes:
-            indices.append(list(classes).index(item))
-        elif item.isdigit() and int(item) < len(classes):
-            indices.append(int(item))
-        else:
-            raise ValueError(
-                f"known class {item!r}: expected a name of {', '.join(classes)}, "
-                f"or an index in 0..{len(classes) - 1}"
-            )
-    if len(set(indices)) < max(2, len(indices)):
-        raise ValueError(f"known classes {','.join(wanted)}: expected at least two, each once")
+    index_of = {str(index): index for index in range(len(classes))}
+    index_of |= {name: index for index, name in enumerate(classes)}  # a name goes before an index
+    indices = [index_of.get(item, -1) for item in wanted or classes]
+    if min(indices) < 0 or len(set(indices)) < max(2, len(indices)):
+        raise ValueError(
+            f"known classes {','.join(wanted)}: expected at least two, each once, of "
+            f"{', '.join(classes)}, or their indices in 0..{len(classes) - 1}"
+        )
     return indices
 
 
 def _relabel(images: ImageSet, known: Sequence[int]) -> ImageSet:
     """Keep the images of the known classes; class known[i] gets label i."""
     is_class = images.labels[:, None] == np.array(known)  # [N, K]
-    kept = _select(images, is_class.any(axis=1))
-    return ImageSet(kept.images, is_class.argmax(axis=1)[is_class.any(axis=1)])
+    return _select(ImageSet(images.images, is_class.argmax(axis=1)), is_class.any(axis=1))
 
 
 def _select(images: ImageSet, mask: np.ndarray) -> ImageSet:

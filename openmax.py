@@ -95,13 +95,9 @@ class OpenMax:
         activations = _checked_activations(X)
         labels, num_classes = _checked_labels(y, activations)
         if self.distance not in DISTANCES:
-            raise ValueError(
-                f"distance is {self.distance!r}; expected one of {', '.join(DISTANCES)}"
-            )
+            raise ValueError(f"distance is {self.distance!r}; expected {', '.join(DISTANCES)}")
         if self.alpha not in range(num_classes + 1):
-            raise ValueError(
-                f"alpha is {self.alpha}; expected 0..{num_classes}, the number of classes"
-            )
+            raise ValueError(f"alpha is {self.alpha}; expected 0..{num_classes}, the classes")
         groups = correctly_classified(activations, labels, num_classes)
         self.mean_activations_ = np.stack([group.mean(axis=0) for group in groups])
         self.whitening_ = (
@@ -439,29 +435,29 @@ def as_floats(values: ArrayLike, name: str) -> Array:
 def _checked_activations(activations: ArrayLike, columns: int | None = None) -> Array:
     array = as_floats(activations, "activations")
     if array.ndim != 2 or not array.size or columns not in (None, array.shape[1]):
-        raise ValueError(
-            f"activations have shape {array.shape}; expected [N, {columns or 'D'}] with N "
-            "and D at least 1"
-        )
+        raise ValueError(f"activations have shape {array.shape}; expected [N, {columns or 'D'}]")
     if not -LARGEST_ACTIVATION <= array.min() <= array.max() <= LARGEST_ACTIVATION:
-        raise ValueError(
-            "activations hold NaN or infinity or numbers beyond "
-            f"{LARGEST_ACTIVATION:g}; expected finite numbers only"
-        )
+        raise ValueError(f"activations hold NaN or infinity, or exceed {LARGEST_ACTIVATION:g}")
     return array
+
+
+def as_labels(values: ArrayLike, name: str, lowest: int, highest: int) -> NDArray[np.int64]:
+    """Integers [N], at least one; anything else is refused, not converted."""
+    array = np.asarray(values)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} have shape {array.shape} and type {array.dtype}; expected one integer an image"
+        )
+    if array.min() < lowest or array.max() > highest:
+        raise ValueError(
+            f"{name} lie in {array.min()}..{array.max()}; expected {lowest}..{highest}"
+        )
+    return array.astype(np.int64)
 
 
 def _checked_labels(y: ArrayLike, activations: Array) -> tuple[NDArray[np.int64], int]:
     """Labels and the number of classes K."""
-    labels = np.asarray(y)
-    if labels.shape != (len(activations),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels have shape {labels.shape} and type {labels.dtype}; "
-            f"expected {len(activations)} integers, one a row of activations"
-        )
-    if labels.min() < 0 or labels.max() >= activations.shape[1]:
-        raise ValueError(
-            f"labels lie in {labels.min()}..{labels.max()}; expected 0..K-1, "
-            f"with K at most the {activations.shape[1]} columns of the activations"
-        )
-    return labels.astype(np.int64), int(labels.max()) + 1
+    labels = as_labels(y, "labels", 0, activations.shape[1] - 1)
+    if len(labels) != len(activations):
+        raise ValueError(f"labels have shape {labels.shape}; expected ({len(activations)},)")
+    return labels, int(labels.max()) + 1

@@ -10,6 +10,7 @@ done, OUT is written and OUT.partial removed, so that OUT is always a whole, tra
 """
 
 import argparse
+import copy
 import math
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
     # fmt: on
     args = parser.parse_args(argv)
+    if error := range_error(args):
+        parser.error(error)
+    return args
+
+
+def range_error(args: argparse.Namespace) -> str:
+    """Which setting is out of its range; empty where none is."""
     for flag, value, allowed in (
         ("--epochs", args.epochs, args.epochs >= 1),
         ("--batch-size", args.batch_size, args.batch_size >= 2),
@@ -63,8 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("--seed", args.seed, 0 <= args.seed < 2**32),
     ):  # fmt: skip
         if not allowed:
-            parser.error(f"{flag} {value} is out of range; see --help")
-    return args
+            return f"{flag} {value} is out of range; see --help"
+    return ""
 
 
 if __name__ == "__main__":  # bad arguments and --help end here, before the slow imports
@@ -165,6 +173,38 @@ def build_optimizers(model: DHRNet, lr: float) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+def restore(
+    optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]], model: DHRNet
+) -> None:
+    """Put optimiser states back, once their keys, shapes and types are known to fit the network.
+
+    Raises:
+        ValueError: they do not.
+    """
+
+    def layout(states: list[dict[str, Any]]) -> Any:
+        return [
+            {i: {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
+             for i, entries in dict(state)["state"].items()}
+            for state in states
+        ]  # fmt: skip
+
+    trial = copy.deepcopy(model)  # one step fills its optimisers' states
+    for parameter in trial.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    fresh = build_optimizers(trial, 0.0)
+    for optimizer in fresh:
+        optimizer.step()
+    try:
+        fits = layout(saved) == layout([optimizer.state_dict() for optimizer in fresh])
+    except Exception:  # nothing of the kind
+        fits = False
+    if not fits:
+        raise ValueError("the optimiser states in it do not fit its network")
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+
+
 def one_cycle(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: a linear rise over the warm-up, then a linear fall to 0."""
     warmup = WARMUP_SHARE * total_steps
@@ -251,7 +291,13 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         model, saved = load_checkpoint(partial)
         if "optimizer_states" not in saved:
             raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
-        vars(args).update({name: saved["train_args"][name] for name in STORED_ARGS})
+        stored = {name: saved["train_args"].get(name) for name in STORED_ARGS}
+        if any(type(value) is not type(getattr(args, name)) for name, value in stored.items()):
+            raise ValueError(f"{partial} lacks settings of its run: remove it and start anew")
+        vars(args).update(stored)
+        off = "" if saved["epoch"] in range(1, args.epochs + 1) else f"epoch {saved['epoch']}"
+        if off := off or range_error(args):
+            raise ValueError(f"{partial} is damaged ({off}): remove it and start anew")
     elif partial.exists() and not args.dry_run:
         raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device, autocast = prepare_device(args.device)
@@ -274,6 +320,12 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     first_mirror = torch.rand(count, generator=torch.Generator().manual_seed(args.seed)) < 0.5
     first_mirror = first_mirror.to(device)
 
+    fits = {"num_classes": len(data.classes), "in_channels": channels, "image_size": size}
+    if args.resume and not (
+        fits.items() <= model.config.items() and saved["known_classes"] == list(data.classes)
+    ):
+        raise ValueError(f"{args.dataset} is not what {partial} was trained on: has it changed?")
+
     # Network and optimisers
     torch.manual_seed(args.seed)
     if not args.resume:
@@ -286,8 +338,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     first_epoch, steps = 0, count // args.batch_size
     if args.resume:
         first_epoch = saved["epoch"]
-        for optimizer, state in zip(optimizers, saved["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+        restore(optimizers, saved["optimizer_states"], model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{args.arch} DHR network, {parameters:,} parameters, {len(data.classes)} classes; "

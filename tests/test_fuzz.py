@@ -3,11 +3,15 @@
 FUZZ_CASES sets how many cases each test tries.
 """
 
+import io
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_models import make_model, save
 from test_openmax import make_levels
 
@@ -16,7 +20,7 @@ import metrics
 import openmax
 import train_dhr_nn
 from compute_openmax import Activations, cached, shipped_activations
-from models import load_checkpoint
+from models import load_checkpoint, save_checkpoint
 from open_set_data import ImagesUnavailable
 from openmax import DISTANCES, DHROpenMax, OpenMax, Weibull
 
@@ -81,6 +85,87 @@ def test_damaged_checkpoint_is_the_original_or_one_clear_line(tmp_path, checkpoi
             assert torch.equal(tensor, original[name]), f"{name} differs: damage was not noticed"
         assert checkpoint.keys() >= {"known_classes", "train_args"}
     assert refused
+
+
+def test_damaged_unfinished_run_is_the_original_or_one_clear_line(tmp_path, capsys):
+    """Entries of OUT.partial deleted, swapped or replaced: a whole network comes out, or a line."""
+    rng, out = np.random.default_rng(0), tmp_path / "net.pt"
+    flags = ["--device", "cpu", "--out", str(out)]
+    partial, saved = f"{out}.partial", []
+
+    def stop(path, *args, **kwargs):
+        save_checkpoint(path, *args, **kwargs)
+        saved.append(path.read_bytes())
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dhr_nn, "save_checkpoint", stop)
+        digits = ["--dataset", "digits", "--known-classes", "0,1", "--batch-size", "250"]
+        assert train_dhr_nn.main([*digits, "--epochs", "2", *flags]) == 130
+    capsys.readouterr()
+    went_on = 0
+    for _ in range(max(6, CASES // 25)):
+        checkpoint = torch.load(io.BytesIO(saved[0]), weights_only=True)
+        for _ in range(rng.integers(0, 3)):
+            damage_an_entry(rng, checkpoint)
+        torch.save(checkpoint, partial)
+        status = train_dhr_nn.main(["--resume", *flags])
+        error = capsys.readouterr().err.strip().splitlines()
+        if status == 0:
+            model, _ = load_checkpoint(out)
+            assert all(weight.isfinite().all() for weight in model.state_dict().values())
+            went_on += 1
+            continue
+        assert status == 1
+        assert error[-1].startswith("train_dhr_nn.py: error: ")
+        assert "Traceback" not in "".join(error)
+    assert went_on
+
+
+def damage_an_entry(rng, value):
+    """Somewhere inside nested dicts, lists and tensors, delete or replace one entry."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not keys:
+            return
+        key = keys[rng.integers(len(keys))]
+        if isinstance(value[key], dict | list) and rng.random() < 0.8:
+            value = value[key]
+            continue
+        if isinstance(value, tuple):
+            return
+        other = value[keys[rng.integers(len(keys))]]
+        strange = [other, {}, [], None, 0, -1, 3, 1e9, float("nan"), "text", True, torch.zeros(2)]
+        strange += [torch.zeros(2, 2), torch.tensor(float("inf"))]
+        if rng.random() < 0.2 and isinstance(value, dict):
+            del value[key]
+        else:
+            value[key] = strange[rng.integers(len(strange))]
+        return
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=[])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=max(30, CASES // 10), deadline=None, derandomize=True)
+@given(st.dictionaries(st.text(st.characters(exclude_categories=[])), anything))
+def test_results_file_is_read_back_as_it_was(tmp_path_factory, results):
+    path = tmp_path_factory.getbasetemp() / "results.json"
+    compute_openmax.write_json(path, results)
+    assert json.loads(path.read_bytes()) == results
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_results_file_holds_no_number_outside_json(tmp_path, number):
+    (tmp_path / "results.json").write_text("old")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        compute_openmax.write_json(tmp_path / "results.json", {"a": [{"auroc": number}]})
+    assert (tmp_path / "results.json").read_text() == "old"
 
 
 FLAGS = {

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -22,6 +22,9 @@ from metrics import (
     threshold_accepting,
 )
 from openmax import UNKNOWN
+
+settings.register_profile("unhurried", deadline=None)  # the machine may be busy
+settings.load_profile("unhurried")
 
 few_scores = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=30)  # with many ties
 

@@ -24,7 +24,7 @@ def make_images(count=4, channels=3, size=32):
 
 
 def save(path, model):
-    save_checkpoint(path, model, **{key: {} for key in RUN_KEYS})
+    save_checkpoint(path, model, **{key: kind() for key, kind in RUN_KEYS.items()})
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -51,7 +51,7 @@ def save_net(path, **config):
     """A checkpoint that claims another configuration than its weights have."""
     model = DHRNet(3, 1)
     model.config |= config
-    save_checkpoint(path, model, **{key: {} for key in RUN_KEYS})
+    save_checkpoint(path, model, **{key: kind() for key, kind in RUN_KEYS.items()})
 
 
 def rewrite(path, change, compression=zipfile.ZIP_STORED):
@@ -66,7 +66,7 @@ def rewrite(path, change, compression=zipfile.ZIP_STORED):
 def test_code_in_a_zip_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for key in ("model_state_dict", "extra"):
-        save_checkpoint(tmp_path / "net.pt", DHRNet(3, 1), **{name: {} for name in RUN_KEYS})
+        save_net(tmp_path / "net.pt")
         checkpoint = torch.load("net.pt", weights_only=True)
         torch.save({**checkpoint, key: Bomb()}, "net.pt")
         assert_refused(tmp_path / "net.pt", "more than tensors and plain values")
@@ -79,6 +79,7 @@ def test_code_in_a_zip_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypa
         *({"image_size": 10**9}, {"num_classes": 10**9}, {"num_classes": 10**30}),
         *({"num_classes": 10**9, "arch": "vgg"}, {"image_size": 1024, "arch": "vgg"}),
         *({"num_classes": 2.5}, {"num_classes": -1}, {"image_size": "32"}, {"layers": 9}),
+        *({"mirrored": torch.zeros(2)}, {"mirrored": 3}, {"in_channels": 2}, {"arch": ["fast"]}),
     ],
 )
 def test_checkpoint_of_an_impossible_network_is_refused_at_once(tmp_path, config):
@@ -254,8 +255,8 @@ def test_only_the_right_and_whole_download_counts(served, tmp_path, monkeypatch,
     content = tiny_zip(tmp_path / "source.zip")
     data = tmp_path / "data"
     data.mkdir()
-    known = (f"{url}/tiny.zip", hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(open_set_data, "TINY_IMAGENET", known)
+    monkeypatch.setattr(open_set_data, "TINY_IMAGENET", f"{url}/tiny.zip")
+    monkeypatch.setattr(open_set_data, "TINY_IMAGENET_MD5", hashlib.md5(content).hexdigest())
     monkeypatch.setattr(open_set_data, "PATIENCE", 0.3)
 
     def load():
@@ -498,8 +499,9 @@ def test_tiny_imagenet_classes_are_read_from_the_zip_beside_what_is_there(tmp_pa
     archive = tmp_path / "data" / "tiny-imagenet-200.zip"
     (tmp_path / "data" / "tiny-imagenet-200" / "test").mkdir(parents=True)
     shutil.make_archive(str(archive.with_suffix("")), "zip", tmp_path, "tiny-imagenet-200")
-    known = ("http://nowhere", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(open_set_data, "TINY_IMAGENET", known)
+    monkeypatch.setattr(
+        open_set_data, "TINY_IMAGENET_MD5", hashlib.md5(archive.read_bytes()).hexdigest()
+    )
     data = load_known("tiny-imagenet", tmp_path / "data")
     assert [len(split.labels) for split in data[1:4]] == [36, 4, 40]
     assert [path.name for path in (tmp_path / "data" / "tiny-imagenet-200").iterdir()] == ["test"]
@@ -726,7 +728,6 @@ def test_bad_file_inside_the_zip_is_skipped(tmp_path, monkeypatch, capsys):
     content = bytearray(tiny_zip(tmp_path / "tiny-imagenet-200.zip"))
     content[200] ^= 0xFF  # inside the first image: a wrong CRC
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(content)
-    known = ("http://nowhere", hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(open_set_data, "TINY_IMAGENET", known)
+    monkeypatch.setattr(open_set_data, "TINY_IMAGENET_MD5", hashlib.md5(content).hexdigest())
     assert len(load_unknown("tiny-imagenet-crop", tmp_path, 32)) == 2
     assert "test_0.JPEG: not a readable image" in capsys.readouterr().err

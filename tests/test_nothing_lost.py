@@ -1,5 +1,6 @@
 """Killed, interrupted or out of disk: what was saved stays whole, and a run goes on from there."""
 
+import copy
 import errno
 import json
 import multiprocessing
@@ -33,13 +34,22 @@ def train_flags(out, *flags):
     return [*TRAIN, "--epochs", str(EPOCHS), "--device", "cpu", "--out", str(out), *flags]
 
 
-def child(script, argv, log, file_limit=resource.RLIM_INFINITY, die_at=("", 0)):
+def heed_ctrl_c():
+    """What a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+CTRL_C = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "preexec_fn": heed_ctrl_c}
+
+
+def child(script, argv, log, file_limit=resource.RLIM_INFINITY, die_at=("", 0), by=signal.SIGKILL):
     """Run a script's main in a process of its own: one thread, stderr to `log`, and where asked a
-    limit on the size of files, or SIGKILL at the n-th call of a function of `os`."""
+    limit on the size of files, or a signal to itself at the n-th call of a function of `os`."""
     with open(log, "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
+    heed_ctrl_c()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     name, calls = die_at
     function = getattr(os, name, None)
@@ -48,7 +58,7 @@ def child(script, argv, log, file_limit=resource.RLIM_INFINITY, die_at=("", 0)):
         nonlocal calls
         calls -= 1
         if not calls:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return function(*args)
 
     if function:
@@ -167,6 +177,61 @@ def test_finished_network_in_place_of_an_unfinished_run_is_refused(whole, tmp_pa
     assert "is a finished network" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def unfinished(start, tmp_path_factory):
+    """What a run killed after its first epoch left, on the CPU."""
+    out = tmp_path_factory.mktemp("unfinished") / "net.pt"
+    process = start("train_dhr_nn", train_flags(out), die_at=("replace", 2))
+    assert finish(process) == -signal.SIGKILL
+    return torch.load(f"{out}.partial", weights_only=True)
+
+
+def first_state(partial, optimizer=1):
+    return partial["optimizer_states"][optimizer]["state"][0]
+
+
+def set_entry(where, key, value):
+    def change(partial):
+        where(partial)[key] = value
+
+    return change
+
+
+HOSTILE_RUNS = {
+    "shape": set_entry(first_state, "exp_avg", torch.zeros(2, 2)),
+    "type": set_entry(first_state, "exp_avg_sq", "text"),
+    "dtype": set_entry(first_state, "step", torch.ones((), dtype=torch.int64)),
+    "foreign key": set_entry(first_state, "extra", torch.zeros(1)),
+    "missing key": lambda partial: first_state(partial, 0).clear(),
+    "missing weight": lambda partial: partial["optimizer_states"][0]["state"].popitem(),
+    "one optimiser": lambda partial: partial["optimizer_states"].pop(),
+    "no list": lambda partial: partial.update(optimizer_states={"state": 3}),
+    "of tensors": lambda partial: partial.update(optimizer_states=torch.zeros(2)),
+    "epoch 0": lambda partial: partial.update(epoch=0),
+    "epoch beyond the last": lambda partial: partial.update(epoch=EPOCHS + 1),
+    "epoch in words": lambda partial: partial.update(epoch="one"),
+    "no settings": lambda partial: partial.update(train_args={}),
+    "settings of other types": set_entry(lambda p: p["train_args"], "batch_size", "195"),
+    "settings out of range": set_entry(lambda p: p["train_args"], "lr", float("nan")),
+    "other data": set_entry(lambda p: p["train_args"], "known_classes", "0,1,2,3"),
+    "other classes": lambda partial: partial.update(known_classes=["0", "1", "9"]),
+    "larger images": set_entry(lambda p: p["model_config"], "image_size", 64),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_RUNS)
+def test_unfinished_run_that_does_not_fit_is_one_line(unfinished, tmp_path, capsys, kind):
+    out, partial = tmp_path / "net.pt", tmp_path / "net.pt.partial"
+    hostile = copy.deepcopy(unfinished)
+    HOSTILE_RUNS[kind](hostile)
+    torch.save(hostile, partial)
+    before = partial.read_bytes()
+    assert train_dhr_nn.main(train_flags(out, "--resume")) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert partial.read_bytes() == before
+    assert names(tmp_path) == ["net.pt.partial"]
+
+
 def test_only_old_leftovers_of_the_same_file_are_removed(tmp_path):
     for name in ("a.txt.1.tmp", "b.txt.1.tmp", "a.tmp"):
         (tmp_path / name).touch()
@@ -179,7 +244,7 @@ def test_only_old_leftovers_of_the_same_file_are_removed(tmp_path):
 def test_ctrl_c_says_where_it_saved_and_how_to_go_on(tmp_path):
     out, partial = tmp_path / "net.pt", tmp_path / "net.pt.partial"
     command = [sys.executable, ROOT / "train_dhr_nn.py", *train_flags(out, "--epochs", "500")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, **CTRL_C) as process:
         while not partial.exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -399,3 +464,60 @@ def test_two_evaluations_at_once_do_not_spoil_each_other(start, whole, tmp_path)
     assert results[0]["methods"] == results[1]["methods"] == results[2]["methods"]
     assert "damaged" not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert len(list(tmp_path.glob("cache/*.npz"))) == 4
+
+
+SETS = 4  # of an evaluation on digits, each with a file in the cache
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("function", "call"), [("replace", 1), ("fsync", 2), ("fsync", SETS + 1), ("replace", SETS + 1)]
+)  # the last one writes the results
+def test_evaluation_stopped_while_writing_keeps_what_was_finished(
+    start, whole, tmp_path, function, call, by
+):
+    path, cache = tmp_path / "results.json", tmp_path / "cache"
+    path.write_text("old")
+    argv = ["--checkpoint", str(whole[0]), "--data-dir", str(tmp_path), "--device", "cpu"]
+    argv += ["--tail-size", "5", "--json", str(path)]
+    log = tmp_path / "log"
+    process = start("compute_openmax", argv, log, die_at=(function, call), by=by)
+    assert finish(process) == (130 if by == signal.SIGINT else -signal.SIGKILL)
+    assert path.read_text() == "old"
+    finished = {file: file.stat().st_mtime_ns for file in cache.glob("*.npz")}
+    assert len(finished) == call - 1
+    if by == signal.SIGINT:
+        last = f"stopped; finished image sets are in {cache}"
+        assert log.read_text().splitlines()[-1] == last
+        assert "Traceback" not in log.read_text()
+        assert not list(tmp_path.rglob("*.tmp"))
+    assert finish(start("compute_openmax", argv, log)) == 0
+    assert "damaged" not in log.read_text()
+    assert all(file.stat().st_mtime_ns == time for file, time in finished.items())
+    assert len(list(cache.glob("*.npz"))) == SETS
+    argv += ["--no-cache", "--json", str(tmp_path / "anew.json")]
+    if call == 1:
+        assert finish(start("compute_openmax", argv, log)) == 0
+        first, anew = (json.loads((tmp_path / f).read_text()) for f in (path, "anew.json"))
+        assert first["methods"] == anew["methods"]
+
+
+def test_ctrl_c_ends_an_evaluation_and_finished_sets_are_not_extracted_again(whole, tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, ROOT / "compute_openmax.py", "--checkpoint", whole[0], "--device"]
+    command += ["cpu", "--data-dir", tmp_path, "--tail-size", "5"]
+    long = ["--unknown", "uniform-noise", "held-out-classes"]  # 10,000 images
+    with subprocess.Popen([*command, *long], **CTRL_C) as process:
+        while not list(cache.glob("*.npz")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate()[1].decode().splitlines()
+    assert process.returncode == 130
+    assert error[-1] == f"stopped; finished image sets are in {cache}"
+    assert not any("Traceback" in line for line in error)
+    finished = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert 1 <= len(finished) < SETS
+    argv = [str(part) for part in command[2:]]
+    assert compute_openmax.main(argv) == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in finished.items())

@@ -166,7 +166,7 @@ def test_tiny_imagenet_is_read_from_the_zip_too(tmp_path, monkeypatch):
         for file in folder.iterdir():
             archive.write(file, f"tiny-imagenet-200/test/images/{file.name}")
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(open_set_data, "TINY_IMAGENET", ("http://nowhere", md5))
+    monkeypatch.setattr(open_set_data, "TINY_IMAGENET_MD5", md5)
     from_folder = load_unknown("tiny-imagenet-crop", tmp_path / "unpacked", 32)
     assert np.array_equal(load_unknown("tiny-imagenet-crop", tmp_path, 32), from_folder)
     path.write_bytes(path.read_bytes()[:-100])

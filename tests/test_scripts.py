@@ -212,7 +212,7 @@ def test_dry_runs_write_nothing(digits_net, tmp_path, capsys):
         (["--alpha", "7"], "alpha is 7; expected 0..6"),
         (["--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["--unknown", "folder:/nowhere"], "/nowhere: no such file or folder"),
-        (["--unknown", "nothing"], "unknown set 'nothing' is not one of"),
+        (["--unknown", "nothing"], "unknown set 'nothing' is none of"),
         (["--images", "/nowhere.png"], "/nowhere.png: no such file or folder"),
         (["--json", "/nowhere/results.json"], "/nowhere"),
     ],

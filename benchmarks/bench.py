@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from peers import BATCH as TEXTBOOK_BATCH
 from peers import PytorchOodOpenMax, one_by_one, textbook_steps
 from test_openmax import loop_openmax
 
@@ -135,7 +136,7 @@ def textbook_rate() -> float:
     steps = textbook_steps(DHRNet(10, arch="vgg"), images, rng.integers(0, 10, 5000))
     (seconds,) = median_seconds(lambda: next(steps))
     steps.close()
-    return 128 / seconds
+    return TEXTBOOK_BATCH / seconds
 
 
 def recorded_epochs(name: str) -> list[list[str]]:
@@ -145,18 +146,18 @@ def recorded_epochs(name: str) -> list[list[str]]:
     return [line.split() for line in lines if line[:5].strip().isdigit()]
 
 
-def seconds_to_90(name: str, images: int, rate: float) -> float:
+def seconds_to_90(name: str, rate: float) -> float:
     """Until a recorded run reached 90 % validation accuracy, at the rate measured now."""
     reached = [int(row[0]) for row in recorded_epochs(name) if float(row[-1]) >= 0.9]
-    return min(reached, default=np.nan) * images / rate
+    return min(reached, default=np.nan) * TRAIN_IMAGES / rate
 
 
 def training() -> list[Row]:
     """Images per second, and what a recorded run needed for its accuracy."""
     fast, vgg, textbook = network_rates("fast"), network_rates("vgg"), textbook_rate()
     floor = fast["matrix_gflops"] / fast["train_gflop"]
-    ours_90 = seconds_to_90("train.txt", TRAIN_IMAGES, fast["train"])
-    textbook_90 = seconds_to_90("textbook.txt", 50_000, textbook)
+    ours_90 = seconds_to_90("train.txt", fast["train"])
+    textbook_90 = seconds_to_90("textbook.txt", textbook)
     epochs = recorded_epochs("train.txt")
     pflop = len(epochs) * TRAIN_IMAGES * fast["train_gflop"] / 1e6
     minutes = sum(float(row[1]) for row in epochs) / 60

@@ -4,6 +4,9 @@ BIN = .venv/bin
 evaluate: install  ## open-set metrics of the shipped network
 	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize
 
+report: install  ## the same as a page with pictures, report/report.html
+	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize --report report
+
 train: install  ## train the shipped network again
 	$(BIN)/python train_dhr_nn.py
 
@@ -26,4 +29,4 @@ install: .venv/installed
 		|| echo "libMR could not be compiled here; going on without it (SciPy fits the Weibulls)"
 	touch $@
 
-.PHONY: evaluate train test bench install
+.PHONY: evaluate report train test bench install

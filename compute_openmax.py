@@ -1,12 +1,12 @@
-"""Turn a trained DHR network into an open-set recogniser with OpenMax, and measure it.
+"""Turn a trained DHR network into an open-set recogniser and measure it.
 
-    python compute_openmax.py                                 # dhr_net.pt, CIFAR-10 / TinyImageNet
-    python compute_openmax.py --unknown svhn folder:my/images --json results.json
-    python compute_openmax.py --images photo.jpg holiday/     # a known class, or unknown?
-    torchrun --nproc-per-node 8 compute_openmax.py            # images shared out to eight GPUs
+    python compute_openmax.py                          # CIFAR-10 / TinyImageNet
+    python compute_openmax.py --unknown svhn folder:my/images --report report
+    python compute_openmax.py --images a.jpg holiday/  # a class, or unknown?
+    torchrun --nproc-per-node 8 compute_openmax.py     # on eight GPUs
 
-The network runs over every image once. Five methods are fitted on the training images, take their
-threshold from validation images of known classes, and are compared on the test images.
+Five methods, OpenMax and CROSR among them, are fitted on training images, take
+their threshold from validation images, and are compared on test images.
 """
 
 import argparse
@@ -20,34 +20,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         # Asking the terminal for its width would import more modules.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 20, 80),
+        usage="%(prog)s [option ...]",
         allow_abbrev=False,
     )
     # fmt: off
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
-        help="written by train_dhr_nn.py (default dhr_net.pt, as shipped)")
+        help="written by train_dhr_nn.py (default dhr_net.pt)")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="where image sets lie or are downloaded to (default data)")
+        help="where images lie or are downloaded to (default data)")
     add("--unknown", nargs="+", metavar="NAME",
-        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop; or the "
-        "classes left out, for a network trained with --known-classes)")
+        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop, or the "
+        "classes that --known-classes left out)")
     add("--images", nargs="+", type=Path, metavar="PATH",
-        help="say of these image files or folders what they show, instead of measuring")
+        help="say of these files or folders what they show, instead of measuring")
     add("--latents", choices=("max", "avg", "none"), default="max",
-        help="how crosr pools latents over space (default max, as published)")
+        help="how crosr pools latents (default max, as published)")
     add("--distance", choices=DISTANCES, default="euclidean",
-        help="of openmax and crosr to the MAV (default euclidean, as published)")
+        help="of openmax and crosr to class means (default euclidean)")
     add("--tail-size", type=int, default=20, metavar="N",
-        help="largest distances a Weibull is fitted to, 5 or more (default 20, as published)")
+        help="largest distances a Weibull is fitted to, 5 or more (default 20)")
     add("--alpha", type=int, default=0, metavar="N",
-        help="top-ranked classes that openmax and crosr revise, as printed in the papers; "
-        "0 for the released code's form without ranks (default 0)")
-    add("--json", type=Path, metavar="PATH", help="write the results there too (default: do not)")
+        help="top-ranked classes that openmax and crosr revise, as printed in the "
+        "papers; 0 for the released code's form, all and unranked (default 0)")
+    add("--json", type=Path, metavar="PATH", help="write the results there, too (default: no)")
+    add("--csv", type=Path, metavar="PATH",
+        help="with --images, write one row an image there (default: no)")
+    add("--report", type=Path, metavar="DIR",
+        help="write report.html with pictures there (default: no)")
     add("--no-cache", action="store_true",
-        help="extract all activations anew, and store none (default: DIR/cache)")
+        help="extract anew, and store nothing in DIR/cache (default: do)")
     add("--device", default="auto", metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
+        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if any)")
     add("--batch-size", type=int, default=500, metavar="N",
         help="images sent to the device at once; changes no result (default 500)")
     add("--seed", type=int, default=0, metavar="N",
@@ -57,6 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected at least 1")
+    if (args.csv and not args.images) or (args.report and args.images):
+        parser.error("--csv goes with --images, --report without")
     if set(args.unknown or ()) & set(KNOWN_SPLITS):
         parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
     return args
@@ -65,8 +72,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # bad arguments and --help end here, before the slow imports
     parse_args(None)
 
+import csv
 import hashlib
-import inspect
+import io
 import json
 import shlex
 import time
@@ -79,11 +87,15 @@ import torch
 from scipy.special import expit, softmax
 from tqdm import tqdm
 
+import models
 from distributed import first_process_first, joined_processes, rank, shared_out
 from metrics import Scores, open_set_metrics, threshold_accepting
 from models import (
+    ACCEPTED_SHARE,
     LATENT_CHANNELS,
     DHRNet,
+    extract,
+    fit_rule,
     keep_freed_memory,
     load_checkpoint,
     prepare_device,
@@ -91,6 +103,7 @@ from models import (
     replace_file,
     software_versions,
     try_writing,
+    unpack_rule,
 )
 from open_set_data import (
     HELD_OUT_CLASSES,
@@ -103,10 +116,16 @@ from open_set_data import (
     printable,
     read_images,
 )
-from openmax import UNKNOWN, WEIBULL_ENGINE, DHROpenMax, OpenMax
+from openmax import (
+    UNKNOWN,
+    WEIBULL_ENGINE,
+    Activations,
+    DHROpenMax,
+    OpenMax,
+    activation_vectors,
+)
 
 SHIPPED_ACTIVATIONS = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
-ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TABLE_COLUMNS = {
     "auroc": "AUROC",
     "aupr_known": "AUPR-kno",
@@ -117,23 +136,6 @@ TABLE_COLUMNS = {
     "macro_f1": "macro-F1",
     "macro_f1_at_half": "F1@0.5",
 }
-
-
-class Activations(NamedTuple):
-    """What the network says of N images.
-
-    Attributes:
-        labels: [N] int64 class indices, `UNKNOWN` for images of unknown classes.
-        logits: [N, K] float32, y.
-        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over
-            space.
-        latents_avg: [N, 32 L] float32, the same averaged over space.
-    """
-
-    labels: np.ndarray
-    logits: np.ndarray
-    latents_max: np.ndarray
-    latents_avg: np.ndarray
 
 
 class Rule(NamedTuple):
@@ -190,9 +192,11 @@ def crosr(train: Activations, val: Activations, rule: Rule) -> Scorer:
 
 def dhr_openmax(train: Activations, val: Activations, rule: Rule) -> Scorer:
     """OpenMax on y, corrected by the latents of each level; takes only the rule's tail size."""
-    levels = train.latents_avg.shape[1] // LATENT_CHANNELS
-    model = DHROpenMax(levels, rule.tail_size)
-    model.fit(activation_vectors(train, "avg"), train.labels, activation_vectors(val, "avg"))
+    return rule_scorer(fit_rule(train, val, rule.tail_size))
+
+
+def rule_scorer(model: DHROpenMax) -> Scorer:
+    """Score with a fitted `DHROpenMax`."""
 
     def score(images: Activations) -> Scores:
         decided = model.decide(activation_vectors(images, "avg"))
@@ -208,36 +212,6 @@ METHODS: dict[str, Callable[[Activations, Activations, Rule], Scorer]] = {
     "crosr": crosr,
     "dhr_openmax": dhr_openmax,
 }
-
-
-def activation_vectors(images: Activations, latents: str) -> np.ndarray:
-    """[y, z] of N images, [N, K + 32 L], z pooled by `max` or `avg`; y alone for `none`."""
-    if latents == "none":
-        return images.logits
-    pooled = images.latents_max if latents == "max" else images.latents_avg
-    return np.hstack([images.logits, pooled])
-
-
-def extract(
-    model: DHRNet,
-    images: ImageSet,
-    title: str,
-    batch_size: int,
-    device: torch.device,
-    autocast: torch.autocast,
-) -> Activations:
-    """Run the network, decoder skipped, over an image set."""
-    parts = []
-    bar = tqdm(total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False,
-               disable=rank() > 0)  # fmt: skip
-    for start in range(0, max(1, len(images.labels)), batch_size):
-        batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
-        with autocast:
-            parts.append(model.activations(batch.permute(0, 3, 1, 2)))
-        bar.update(len(batch))
-    bar.close()
-    arrays = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    return Activations(images.labels, *arrays)
 
 
 def cached(
@@ -279,7 +253,7 @@ def cached(
 def cache_key(checkpoint_hash: str, images: ImageSet, number_format: str) -> str:
     """Hash of all that decides the activations: network, pixels, arithmetic and this code."""
     key = hashlib.sha256(f"{checkpoint_hash} {number_format} {Activations._fields}".encode())
-    key.update(Path(inspect.getfile(DHRNet)).read_bytes() + inspect.getsource(extract).encode())
+    key.update(Path(models.__file__).read_bytes())
     for array in images:
         key.update(f"{array.shape} {array.dtype}".encode())
         key.update(np.ascontiguousarray(array).data)
@@ -290,6 +264,8 @@ def load_image_sets(
     meta: dict[str, Any], names: Sequence[str], data_dir: Path, seed: int
 ) -> dict[str, ImageSet]:
     """The named sets: `train`, `val`, `test_known` of the checkpoint's data, or unknown ones."""
+    if not names:
+        return {}
     known_classes = [name for name in meta["train_args"]["known_classes"].split(",") if name]
     data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
     sets = {}
@@ -348,19 +324,24 @@ def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activa
 
 
 def measure(
-    scorers: dict[str, Scorer], thresholds: dict[str, float], sets: dict[str, Activations]
+    scores: dict[str, dict[str, Scores]], thresholds: dict[str, float], test: Activations
 ) -> dict[str, Any]:
-    """Closed-set accuracy, and all metrics of every method on every unknown set."""
-    unknown_sets = [name for name in sets if name not in KNOWN_SPLITS]
-    test = sets["test_known"]
+    """Closed-set accuracy, and all metrics of every method on every unknown set.
+
+    Args:
+        scores: of each method, those of `test_known` and of the unknown sets.
+        thresholds: of each method.
+        test: activations of `test_known`.
+    """
     accuracy = np.mean(test.logits.argmax(axis=1) == test.labels)
-    methods = {}
-    for name, scorer in scorers.items():
-        known = scorer(test)
-        methods[name] = {
-            unknown: open_set_metrics(known, test.labels, scorer(sets[unknown]), thresholds[name])
-            for unknown in unknown_sets
+    methods = {
+        name: {
+            unknown: open_set_metrics(sets["test_known"], test.labels, its, thresholds[name])
+            for unknown, its in sets.items()
+            if unknown != "test_known"
         }
+        for name, sets in scores.items()
+    }
     return {"closed_set_accuracy": float(accuracy), "methods": methods}
 
 
@@ -393,12 +374,61 @@ def name_predictions(
 
 
 def print_predictions(predictions: list[dict[str, Any]]) -> None:
-    print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     for row in predictions:
-        print(
+        tqdm.write(
             f"{row['prediction']:16}{row['probability']:12.4f}  "
             f"{row['nearest_class']:16}{printable(row['path'])}"
         )
+
+
+def score_images(
+    paths: Sequence[Path],
+    model: DHRNet,
+    extract_set: Callable[[ImageSet], Activations],
+    scorer: Scorer,
+    threshold: float,
+    classes: Sequence[str],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Say of image files what they show, printing as it goes; see `name_predictions`."""
+    files = image_files(paths)
+    print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
+    predictions = []
+    size, channels = model.config["image_size"], model.config["in_channels"]
+    bar = tqdm(total=len(files), unit="img", leave=False)
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        bar.update(len(batch))
+        try:
+            pixels, read = read_images(batch, size)
+        except ValueError:  # none of them is an image; each was named
+            continue
+        images = ImageSet(fit_to(pixels, size, channels), np.full(len(read), UNKNOWN))
+        scores = scorer(extract_set(images))
+        rows = name_predictions([batch[i] for i in read], scores, threshold, classes)
+        print_predictions(rows)
+        predictions += rows
+    bar.close()
+    if not predictions:
+        raise ValueError(f"none of the {len(files)} files is a readable image")
+    return predictions
+
+
+@torch.no_grad()
+def reconstruct(model: DHRNet, device: torch.device, images: np.ndarray) -> np.ndarray:
+    """What the network rebuilds of images [N, H, W, C] uint8, likewise."""
+    rebuilt = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2)).reconstruction
+    pixels = rebuilt * model.std[:, None, None] + model.mean[:, None, None]
+    return (255 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
+    print(f"\nwrote {path}")
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -414,12 +444,16 @@ def run(args: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    if args.json and not rank():
-        try_writing(args.json, 2**20)
+    if args.report and not rank():
+        args.report.mkdir(parents=True, exist_ok=True)
+    for path in (args.json, args.csv, args.report and args.report / "report.html"):
+        if path and not rank():
+            try_writing(path, 2**20)
 
     # The network
     device, autocast = prepare_device(args.device)
     model, meta = load_checkpoint(args.checkpoint)
+    stored_rule = unpack_rule(model, meta) if args.images and "open_set_rule" in meta else None
     model.to(device).to(memory_format=torch.channels_last)
     checkpoint_hash = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     classes, config = meta["known_classes"], meta["model_config"]
@@ -427,18 +461,21 @@ def run(args: argparse.Namespace) -> None:
         f"{args.checkpoint}: {config['arch']} DHR network of {len(classes)} classes, "
         f"epoch {meta['epoch']}, validation accuracy {100 * meta['val_accuracy']:.2f} %"
     )
+    if args.images and not stored_rule:
+        print("no open-set rule is in it: fitting one to its training and validation images")
     if WEIBULL_ENGINE != "libmr":
         print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
 
     # Activation vectors of the image sets
-    names = ["train", "val"]
+    names = [] if stored_rule else ["train", "val"]
     if not args.images:
         default = HELD_OUT_CLASSES if meta["train_args"]["known_classes"] else "tiny-imagenet-crop"
         names += ["test_known", *dict.fromkeys(args.unknown or [default])]
     extract_set = partial(
         extract, model, batch_size=args.batch_size, device=device, autocast=autocast
     )
-    seconds = {}
+    seconds: dict[str, float] = {}
+    image_sets: dict[str, ImageSet] = {}
     try:
         image_sets = first_process_first(
             lambda: load_image_sets(meta, names, args.data_dir, args.seed)
@@ -470,12 +507,17 @@ def run(args: argparse.Namespace) -> None:
 
     # Methods: fitted on training images, thresholds from validation images
     rule = Rule(args.latents, args.distance, args.tail_size, args.alpha)
-    methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
-    scorers = {name: method(sets["train"], sets["val"], rule) for name, method in methods.items()}
-    thresholds = {
-        name: threshold_accepting(scorer(sets["val"]).unknownness, ACCEPTED_SHARE)
-        for name, scorer in scorers.items()
-    }
+    if stored_rule:
+        scorers = {"dhr_openmax": rule_scorer(stored_rule[0])}
+        thresholds = {"dhr_openmax": stored_rule[1]}
+    else:
+        train, val = sets["train"], sets["val"]
+        methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
+        scorers = {name: method(train, val, rule) for name, method in methods.items()}
+        thresholds = {
+            name: threshold_accepting(scorer(val).unknownness, ACCEPTED_SHARE)
+            for name, scorer in scorers.items()
+        }
     seconds["fit"] = lap()
 
     results: dict[str, Any] = {
@@ -484,31 +526,47 @@ def run(args: argparse.Namespace) -> None:
         "activations": origin,
     }
     if args.images:
-        files = image_files(args.images)
-        pixels, read = read_images(files, config["image_size"])
-        pixels = fit_to(pixels, config["image_size"], config["in_channels"])
-        own = extract_set(ImageSet(pixels, np.full(len(read), UNKNOWN)), "images")
-        scores = scorers["dhr_openmax"](own)
-        results["images"] = name_predictions(
-            [files[i] for i in read], scores, thresholds["dhr_openmax"], classes
+        results["images"] = score_images(
+            args.images,
+            model,
+            partial(extract_set, title=None),
+            scorers["dhr_openmax"],
+            thresholds["dhr_openmax"],
+            classes,
+            args.batch_size,
         )
-        print_predictions(results["images"])
     else:
-        results |= measure(scorers, thresholds, sets)
+        scores = {
+            name: {key: scorer(sets[key]) for key in names if key not in ("train", "val")}
+            for name, scorer in scorers.items()
+        }
+        results |= measure(scores, thresholds, sets["test_known"])
         print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
         print_table(results["known"], results["methods"])
     seconds["score"] = lap()
     print("\n" + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
 
+    results |= {
+        "openmax": {**rule._asdict(), "threshold": thresholds},
+        "seconds": seconds,
+        "versions": software_versions(),
+        "device": str(device),
+        "command": shlex.join(["python", "compute_openmax.py", *args.argv]),
+    }
     if args.json:
-        results |= {
-            "openmax": {**rule._asdict(), "threshold": thresholds},
-            "seconds": seconds,
-            "versions": software_versions(),
-            "device": str(device),
-            "command": shlex.join(["python", "compute_openmax.py", *args.argv]),
-        }
         write_json(args.json, results)
+    if args.report:
+        from report import write_report  # draws; nothing else needs matplotlib
+
+        def refit(method: str, tail_size: int, alpha: int) -> Scorer:
+            settings = rule._replace(tail_size=tail_size, alpha=alpha)
+            return METHODS[method](sets["train"], sets["val"], settings)
+
+        pixels = {name: image_sets[name].images for name in scores["msp"]} if image_sets else {}
+        rebuild = partial(reconstruct, model, device)
+        write_report(args.report, results, classes, sets, scores, refit, pixels, rebuild)
+    if args.csv:
+        write_csv(args.csv, results["images"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,18 +81,31 @@ def detection_error(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float
 
 
 def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: ArrayLike) -> float:
-    """Area in 0..1 under correct classification rate over false positive rate, exact under ties.
+    """Area in 0..1 under the curve of `ccr_and_fpr`, integrated with trapezoids, exact under ties.
+
+    Source: Dhamija et al. 2018.
+    """
+    ccr, fpr = ccr_and_fpr(known_scores, known_correct, unknown_scores)
+    return float(np.trapezoid(ccr, fpr))
+
+
+def ccr_and_fpr(
+    known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: ArrayLike
+) -> tuple[Array, Array]:
+    """Correct classification rate and false positive rate at every threshold.
 
     At a threshold t, CCR(t) is the share of known images that are accepted and correctly
-    classified, FPR(t) the share of unknown images accepted. The curve starts at (0, 0), ends at
-    (1, closed-set accuracy) and is integrated with trapezoids.
+    classified, FPR(t) the share of unknown images accepted. The curve starts at (0, 0) and ends at
+    (1, closed-set accuracy).
 
     Args:
         known_scores: [N].
-        known_correct: [N] bool, whether the closed-set prediction is right.
+        known_correct: [N] bool, whether the closed-set prediction is right; all True gives the ROC
+            curve.
         unknown_scores: [M].
 
-    Source: Dhamija et al. 2018.
+    Returns:
+        CCR and FPR in 0..1, [T + 1] for T different scores.
     """
     scores, is_unknown = _joined(known_scores, unknown_scores)
     known, correct = scores[~is_unknown], np.asarray(known_correct)
@@ -104,7 +117,7 @@ def oscr(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: Arra
     thresholds = np.unique(scores)
     ccr = np.searchsorted(np.sort(known[correct]), thresholds, side="right") / len(known)
     fpr = np.searchsorted(np.sort(scores[is_unknown]), thresholds, side="right") / is_unknown.sum()
-    return float(np.trapezoid(np.append(0, ccr), np.append(0, fpr)))
+    return np.append(0, ccr), np.append(0, fpr)
 
 
 def macro_f1(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> float:

@@ -19,18 +19,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from choices import ARCHITECTURES
+from distributed import rank
+from metrics import threshold_accepting
+from openmax import (
+    Activations,
+    DHROpenMax,
+    activation_vectors,
+    pack,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    from open_set_data import ImageSet
 
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
 CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
 MAX_INFLATION = 20  # bytes that a .pt or .npz file may claim for each one it has; ours stay below 4
+ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
 RUN_KEYS = {
     "known_classes": list, "train_args": dict, "epoch": int, "val_accuracy": float, "seed": int,
@@ -317,6 +332,66 @@ def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:
     return device, torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
 
 
+def extract(
+    model: DHRNet,
+    images: "ImageSet",
+    title: str | None,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Activations:
+    """Run the network, decoder skipped, over an image set; a title shows a progress bar."""
+    parts = []
+    bar = tqdm(
+        total=len(images.labels), desc=title, unit="img", unit_scale=True, leave=False,
+        disable=title is None or rank() > 0,
+    )  # fmt: skip
+    for start in range(0, max(1, len(images.labels)), batch_size):
+        batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
+        with autocast:
+            parts.append(model.activations(batch.permute(0, 3, 1, 2)))
+        bar.update(len(batch))
+    bar.close()
+    arrays = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return Activations(images.labels, *arrays)
+
+
+def fit_rule(train: Activations, val: Activations, tail_size: int = 20) -> DHROpenMax:
+    """Fit this project's open-set rule to a network's activations.
+
+    Raises:
+        ValueError: as `DHROpenMax.fit`.
+    """
+    levels = train.latents_avg.shape[1] // LATENT_CHANNELS
+    vectors, held_out = activation_vectors(train, "avg"), activation_vectors(val, "avg")
+    return DHROpenMax(levels, tail_size).fit(vectors, train.labels, held_out)
+
+
+def pack_rule(rule: DHROpenMax, val: Activations) -> dict[str, Any]:
+    """The checkpoint's entry `open_set_rule`: the fitted estimator's attributes as tensors and
+    primitives, and the threshold on its score, which accepts 95 % of the validation images."""
+    scores = rule.decision_function(activation_vectors(val, "avg"))
+    threshold = threshold_accepting(scores, ACCEPTED_SHARE)
+    return {"estimator": pack(rule, torch.from_numpy), "threshold": threshold}
+
+
+def unpack_rule(model: DHRNet, checkpoint: dict[str, Any]) -> tuple[DHROpenMax, float]:
+    """The fitted open-set rule that travels in a network's checkpoint, and its threshold.
+
+    Raises:
+        ValueError: the rule is damaged or belongs to another network; it is tried on zeros.
+    """
+    try:
+        entry, num_classes = checkpoint["open_set_rule"], model.config["num_classes"]
+        rule, threshold = unpack(entry["estimator"]), float(entry["threshold"])
+        columns = num_classes + LATENT_CHANNELS * len(model.bottlenecks)
+        if rule.predict_proba(np.zeros((1, columns))).shape != (1, num_classes + 1):
+            raise ValueError(f"it does not have the network's {num_classes} classes")
+    except Exception as error:  # a foreign file can fail in any way
+        raise ValueError(f"the open-set rule in it is damaged ({error}); train again") from error
+    return rule, threshold
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep memory freed from now on: each layer's output else costs a page fault every
     4 KB. To be called when the images are loaded, which frees much that nothing needs again."""
@@ -345,7 +420,8 @@ def save_checkpoint(path: Path, model: DHRNet, **entries: Any) -> None:
     Args:
         path: file to make or replace.
         model: the network; its weights, configuration and normalisation are taken from it.
-        entries: `RUN_KEYS`, which tell how it was trained, and what else should travel.
+        entries: `RUN_KEYS`, which tell how it was trained, and what else should travel:
+            `open_set_rule` of `pack_rule`; `course`, a row of losses, accuracies and rate an epoch.
 
     Raises:
         OSError: the file cannot be written; an older one is left as it was.

@@ -8,7 +8,7 @@ vector.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,6 +37,23 @@ ROWS = 2000  # scored at a time: their intermediate results stay in the processo
 EUCOS_SCALE = 200  # eucos = euclidean / 200 + cosine, as in the OpenMax authors' code
 
 Array = NDArray[np.float64]
+
+
+class Activations(NamedTuple):
+    """What the network says of N images.
+
+    Attributes:
+        labels: [N] int64 class indices, `UNKNOWN` for images of unknown classes.
+        logits: [N, K] float32, y.
+        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over
+            space.
+        latents_avg: [N, 32 L] float32, the same averaged over space.
+    """
+
+    labels: np.ndarray
+    logits: np.ndarray
+    latents_max: np.ndarray
+    latents_avg: np.ndarray
 
 
 class Weibull(NamedTuple):
@@ -237,6 +254,64 @@ class DHROpenMax:
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities [N, K + 1] of the known classes and, last, the unknown; rows sum to 1."""
         return self.decide(X)[:, 1:]
+
+
+def pack(value: Any, array: Callable[[Array], Any]) -> Any:
+    """Take a fitted estimator apart, to store it without code.
+
+    Args:
+        value: an instance of this module's classes, or what is in one.
+        array: applied to every array, for example `torch.from_numpy`.
+
+    Returns:
+        a dict of attributes and, under `class`, the class's name; lists and primitives as they are.
+
+    Raises:
+        TypeError: an attribute is neither of these nor an array.
+    """
+    if type(value).__module__ == __name__:
+        fields = value._asdict() if hasattr(value, "_asdict") else vars(value)
+        packed = {name: pack(field, array) for name, field in fields.items()}
+        return {"class": type(value).__name__, **packed}
+    if isinstance(value, list | tuple):
+        return [pack(item, array) for item in value]
+    if isinstance(value, np.ndarray):
+        return array(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, bool | int | float | str | None):
+        raise TypeError(f"{type(value).__name__} {value} cannot be packed")
+    return value
+
+
+def unpack(packed: Any) -> Any:
+    """Put together again what `pack` took apart; anything array-like becomes an array.
+
+    Raises:
+        ValueError: a class is not one of this module's.
+    """
+    if isinstance(packed, list):
+        return [unpack(item) for item in packed]
+    if isinstance(packed, dict):
+        fields = {name: unpack(field) for name, field in packed.items() if name != "class"}
+        kind = globals().get(packed.get("class", ""))
+        if not isinstance(kind, type) or kind.__module__ != __name__:
+            raise ValueError(f"class {packed.get('class')!r} is not one of {__name__}")
+        if issubclass(kind, tuple):
+            return kind(**fields)
+        estimator = kind.__new__(kind)
+        vars(estimator).update(fields)
+        return estimator
+    if isinstance(packed, bool | int | float | str | None):
+        return packed
+    return np.asarray(packed)
+
+
+def activation_vectors(images: Activations, latents: str) -> np.ndarray:
+    """[y, z] of N images, [N, K + 32 L], z pooled by `max` or `avg`; y alone for `none`."""
+    if latents == "none":
+        return images.logits
+    pooled = images.latents_max if latents == "max" else images.latents_avg
+    return np.hstack([images.logits, pooled])
 
 
 def in_blocks(X: ArrayLike, score: Callable[[Array], Array]) -> Array:

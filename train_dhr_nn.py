@@ -1,12 +1,12 @@
-"""Train a DHR network: a classifier that also reconstructs its input through latents.
+"""Train a DHR network: a classifier that also rebuilds its input from latents.
 
-    python train_dhr_nn.py                              # CIFAR-10; writes dhr_net.pt
-    python train_dhr_nn.py --resume                     # go on where a stopped run was
-    python train_dhr_nn.py --known-classes 0,1,2,3,4,5  # leave four classes unknown
-    torchrun --nproc-per-node 8 train_dhr_nn.py         # on eight GPUs
+    python train_dhr_nn.py                        # CIFAR-10; writes dhr_net.pt
+    python train_dhr_nn.py --resume               # go on after a stop
+    python train_dhr_nn.py --known-classes 0,1,2  # leave the others unknown
+    torchrun --nproc-per-node 8 train_dhr_nn.py   # on eight GPUs
 
-Images come from --data-dir or are downloaded. Every epoch is saved to OUT.partial; when the run is
-done, OUT is written and OUT.partial removed, so that OUT is always a whole, trained network.
+Every epoch is saved to OUT.partial. When the run is done, OUT is written, with
+the open-set rule fitted to the network; its course is drawn beside it as a PNG.
 """
 
 import argparse
@@ -22,7 +22,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         # Asking the terminal for its width would import more modules.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 20, 80),
+        usage="%(prog)s [option ...]",
         allow_abbrev=False,
     )
     # fmt: off
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(KNOWN_SETS)}, or folder:PATH with one sub-folder of images a class "
         "(default cifar10)")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="where image sets lie or are downloaded to (default data)")
+        help="where images lie or are downloaded to (default data)")
     add("--known-classes", default="", metavar="LIST",
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N",
         help="of the initial weights, the batches and the augmentation (default 0)")
     add("--device", default="auto", metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU where there is one)")
+        help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if any)")
     add("--out", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
         help="checkpoint to write (default dhr_net.pt)")
     add("--resume", action="store_true",
@@ -100,9 +101,13 @@ from distributed import (
 from models import (
     RUN_KEYS,
     DHRNet,
+    extract,
+    fit_rule,
     keep_freed_memory,
     load_checkpoint,
+    pack_rule,
     prepare_device,
+    replace_file,
     save_checkpoint,
     software_versions,
     try_writing,
@@ -116,6 +121,7 @@ LABEL_SMOOTHING = 0.1
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+TAIL_SIZE = 20  # of the open-set rule; fewer where there are fewer validation images
 CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
 STORED_ARGS = (
     "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
@@ -336,8 +342,9 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     network = replicated(model)
     optimizers = build_optimizers(model, args.lr)
     first_epoch, steps = 0, count // args.batch_size
+    course: list[dict[str, float]] = []  # one row an epoch
     if args.resume:
-        first_epoch = saved["epoch"]
+        first_epoch, course = saved["epoch"], saved.get("course", [])
         restore(optimizers, saved["optimizer_states"], model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -388,6 +395,11 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             f"{cross_entropy:13.4f}  {mse:6.4f}  {train_accuracy:9.4f}  {val_accuracy:7.4f}",
             flush=True,
         )
+        course.append({
+            "epoch": epoch + 1, "seconds": seconds, "rate": rate * args.lr,
+            "cross_entropy": cross_entropy, "mse": mse,
+            "train_accuracy": train_accuracy, "val_accuracy": val_accuracy,
+        })  # fmt: skip
         saved = {
             "known_classes": list(data.classes),
             "train_args": {name: getattr(args, name) for name in STORED_ARGS},
@@ -396,18 +408,34 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             "seed": args.seed,
             "versions": software_versions(),
             "git_commit": git_commit(),
+            "course": course,
         }
         states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(partial, model, **saved, optimizer_states=states)
 
     if rank():
         return
-    entries = {name: saved[name] for name in RUN_KEYS}
+    # The open-set rule, fitted on training and validation images, travels with the network
+    entries = {name: saved[name] for name in RUN_KEYS} | {"course": course}
+    model.eval()
+    fit_on, val = (
+        extract(model, images, title, args.batch_size, device, autocast)
+        for title, images in (("train", data.train), ("val", data.val))
+    )
+    try:
+        tail_size = min(TAIL_SIZE, len(val.labels))
+        entries["open_set_rule"] = pack_rule(fit_rule(fit_on, val, tail_size), val)
+    except ValueError as error:
+        print(f"no open-set rule is stored: {error}")
     save_checkpoint(args.out, model, **entries)
+    from report import draw_training  # matplotlib, only now
+
+    picture = args.out.with_suffix(".png")
+    replace_file(picture, lambda file: file.write(draw_training(course)))
     partial.unlink()
     test_accuracy = accuracy(model, data.test_known, args.batch_size, device, autocast)
     print(f"accuracy on the {len(data.test_known.labels):,} test images: {test_accuracy:.4f}")
-    print(f"wrote {args.out}; measure it with")
+    print(f"wrote {args.out} and {picture}; measure it with")
     print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}")
 
 

@@ -152,7 +152,7 @@ def test_killed_while_saving_leaves_the_old_checkpoint(start, whole, tmp_path, f
     os.utime(leftover, (0, 0))
     assert finish(start("train_dhr_nn", train_flags(out, "--resume"))) == 0
     assert same_weights(out, whole[0])
-    assert names(tmp_path) == ["net.pt"]
+    assert names(tmp_path) == ["net.png", "net.pt"]
 
 
 def test_killed_between_the_result_and_the_end_resumes(start, whole, tmp_path):
@@ -289,7 +289,7 @@ def test_loss_or_weights_not_finite_keep_the_last_good_checkpoint(
     model, _ = load_checkpoint(partial)
     assert all(weight.isfinite().all() for weight in model.state_dict().values())
     assert train_dhr_nn.main(train_flags(out, "--resume")) == 0
-    assert names(tmp_path) == ["net.pt"]
+    assert names(tmp_path) == ["net.png", "net.pt"]
 
 
 # Outputs

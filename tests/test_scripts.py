@@ -1,5 +1,6 @@
 """Both commands end to end on scikit-learn's digits: six known classes, four unknown."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from PIL import Image
 
 import compute_openmax
 import train_dhr_nn
-from metrics import open_set_metrics
-from models import load_checkpoint
+from compute_openmax import Rule
+from metrics import open_set_metrics, threshold_accepting
+from models import extract, load_checkpoint, prepare_device, unpack_rule
 from open_set_data import ImageSet
+from openmax import activation_vectors
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["--dataset", "digits", "--known-classes", "0,1,2,3,4,5", "--batch-size", "100"]
@@ -72,21 +75,21 @@ def test_scores_do_not_depend_on_batch_size_threads_or_order(digits_net, tmp_pat
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
     sets = compute_openmax.load_image_sets(meta, ["train", "val", "test_known"], tmp_path, seed=0)
 
-    def extract(name, batch_size, step=1, stop=None):
+    def extracted(name, batch_size, step=1, stop=None):
         images = ImageSet(*(array[:stop:step].copy() for array in sets[name]))
         device = torch.device("cpu")
-        got = compute_openmax.extract(model, images, name, batch_size, device, autocast)
+        got = extract(model, images, name, batch_size, device, autocast)
         return compute_openmax.Activations(*(array[::step] for array in got))
 
-    train, val, whole = (extract(name, 500) for name in sets)
-    others = [extract("test_known", 97), extract("test_known", 500, -1)]
+    train, val, whole = (extracted(name, 500) for name in sets)
+    others = [extracted("test_known", 97), extracted("test_known", 500, -1)]
     for other in others:
         assert all(map(np.array_equal, other, whole))
-    for one_by_one, array in zip(extract("test_known", 1, stop=2), whole, strict=True):
+    for one_by_one, array in zip(extracted("test_known", 1, stop=2), whole, strict=True):
         assert np.array_equal(one_by_one, array[:2])
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
-    others.append(extract("test_known", 500))
+    others.append(extracted("test_known", 500))
     torch.set_num_threads(threads)
     rule = compute_openmax.Rule("max", "euclidean", 20, 0)
     for method in compute_openmax.METHODS.values():
@@ -145,10 +148,7 @@ def test_no_test_or_unknown_image_reaches_fit_or_threshold(digits_net, tmp_path,
 
 
 def test_own_images_get_a_class_or_unknown(digits_net, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"noise_{i}.png")
+    noise_files(tmp_path, 3)
     path = tmp_path / "results.json"
     assert evaluate(digits_net, tmp_path, "--images", str(tmp_path), "--json", str(path)) == 0
     predictions = json.loads(path.read_text())["images"]
@@ -159,6 +159,68 @@ def test_own_images_get_a_class_or_unknown(digits_net, tmp_path, capsys):
         assert 0 <= row["probability"] <= 1
         assert row["probability"] >= 0.5 or row["prediction"] != "unknown"
     assert "noise_2.png" in capsys.readouterr().out
+
+
+def noise_files(folder, count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"noise_{i}.png")
+    return folder
+
+
+def test_own_images_need_nothing_but_the_checkpoint(digits_net, tmp_path, capsys, monkeypatch):
+    """The stored rule answers as one fitted to the data; unreadable files end no run."""
+    noise_files(tmp_path, 7)
+    (tmp_path / "noise_7.png").write_text("no image")
+    without_rule = tmp_path / "without.pt"
+    checkpoint = torch.load(digits_net, weights_only=True)
+    del checkpoint["open_set_rule"]
+    torch.save(checkpoint, without_rule)
+    answers = []
+    for net in (without_rule, digits_net):
+        path = tmp_path / "images.csv"
+        flags = ["--images", str(tmp_path), "--csv", str(path), "--batch-size", "3"]
+        assert evaluate(net, tmp_path, *flags) == 0
+        answers.append(list(csv.DictReader(path.read_text().splitlines())))
+        monkeypatch.setattr(compute_openmax, "load_known", None)  # no data from here on
+    fitted, stored = answers
+    assert len(stored) == 7
+    for a, b in zip(fitted, stored, strict=True):
+        assert a == b
+    assert "noise_7.png: not a readable image" in capsys.readouterr().err
+
+
+def test_stored_rule_is_the_one_fitted_to_training_and_validation_images(digits_net, tmp_path):
+    model, meta = load_checkpoint(digits_net)
+    rule, threshold = unpack_rule(model, meta)
+    device, autocast = prepare_device("cpu")
+    sets = compute_openmax.load_image_sets(meta, ["train", "val"], tmp_path, seed=0)
+    model.to(memory_format=torch.channels_last)
+    train, val = (extract(model, s, None, 100, device, autocast) for s in sets.values())
+    method = compute_openmax.dhr_openmax(train, val, Rule("max", "euclidean", 20, 0))
+    assert np.array_equal(
+        method(val).unknownness, rule.decision_function(activation_vectors(val, "avg"))
+    )
+    assert threshold == threshold_accepting(method(val).unknownness)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda rule: rule.pop("threshold"),
+        lambda rule: rule["estimator"].pop("weibull_"),
+        lambda rule: rule["estimator"].update({"class": "np"}),
+        lambda rule: rule["estimator"].update({"class": "cdist"}),
+        lambda rule: rule.update(estimator=[1.0]),
+    ],
+)
+def test_damaged_rule_is_one_line(digits_net, tmp_path, capsys, damage):
+    checkpoint = torch.load(digits_net, weights_only=True)
+    damage(checkpoint["open_set_rule"])
+    torch.save(checkpoint, tmp_path / "damaged.pt")
+    assert evaluate(tmp_path / "damaged.pt", tmp_path, "--images", str(ROOT)) == 1
+    assert "open-set rule in it is damaged" in capsys.readouterr().err
 
 
 class StopAfter:
@@ -189,7 +251,9 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, capsys, arc
     assert train(stopped, "--resume") == 0
     a, b = (torch.load(path, weights_only=True)["model_state_dict"] for path in (whole, stopped))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped.pt", "whole.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("stopped.png", "stopped.pt", "whole.png", "whole.pt")
+    ]
 
 
 def test_infinite_loss_stops_and_names_the_step(tmp_path, capsys):
@@ -257,11 +321,16 @@ def test_training_refuses_an_unwritable_place(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", ["train_dhr_nn.py", "compute_openmax.py"])
-def test_help_of_every_flag_names_its_default(script):
-    result = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.count("default") >= 9
+def test_help_fits_a_screen_and_names_the_defaults(script):
+    lines = subprocess.run(
+        [sys.executable, ROOT / script, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    assert sum("default" in line for line in lines) >= 9
 
 
 @pytest.mark.parametrize("script", ["train_dhr_nn.py", "compute_openmax.py"])

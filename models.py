@@ -8,6 +8,7 @@ latents of every level. The logits y and the pooled latents z form the activatio
 import ctypes
 import glob
 import io
+import math
 import os
 import pickle
 import platform
@@ -31,6 +32,7 @@ from choices import ARCHITECTURES
 from distributed import rank
 from metrics import threshold_accepting
 from openmax import (
+    LARGEST_LOG_HAZARD,
     Activations,
     DHROpenMax,
     activation_vectors,
@@ -390,6 +392,60 @@ def unpack_rule(model: DHRNet, checkpoint: dict[str, Any]) -> tuple[DHROpenMax, 
     except Exception as error:  # a foreign file can fail in any way
         raise ValueError(f"the open-set rule in it is damaged ({error}); train again") from error
     return rule, threshold
+
+
+class Recogniser(nn.Module):
+    """A network and its open-set rule in one module, which `torch.export` turns into one file.
+
+    Args:
+        model: in evaluation mode.
+        rule: fitted to it; `forward` follows `DHROpenMax.decide` step by step, in float64.
+    """
+
+    means: Tensor
+    whitening: Tensor
+    latent_means: Tensor
+    latent_whitening: Tensor
+    tails: Tensor
+    latent_tails: Tensor
+
+    def __init__(self, model: DHRNet, rule: DHROpenMax) -> None:
+        super().__init__()
+        self.model, self.alpha, self.offset = model, rule.openmax_.alpha, float(rule.offset_)
+        arrays = {
+            "means": rule.openmax_.mean_activations_, "whitening": rule.openmax_.whitening_,
+            "latent_means": np.stack(rule.latent_means_),
+            "latent_whitening": np.stack(rule.latent_whitening_),
+            "tails": np.stack(rule.openmax_.weibull_), "latent_tails": np.stack(rule.weibull_),
+        }  # fmt: skip
+        for name, array in arrays.items():
+            self.register_buffer(name, torch.from_numpy(array))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities [N, K + 1], the unknown class last, of images as for `DHRNet`."""
+        logits, _, latents = (part.double() for part in self.model._chunk_activations(images))
+        distances = torch.cdist(
+            logits @ self.whitening,
+            self.means @ self.whitening,
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        not_member = -torch.expm1(-_hazard(distances, self.tails))
+        rank = logits.argsort(dim=1, descending=True).argsort(dim=1)
+        not_member = not_member * (self.alpha - rank).clamp_min(0) / self.alpha
+        known = logits * (1 - not_member)
+        levels = latents.unflatten(1, (len(self.latent_means), -1)).transpose(0, 1)
+        offsets = levels - self.latent_means[:, logits.argmax(dim=1)]  # [L, N, C]
+        outlying = torch.linalg.vector_norm(offsets @ self.latent_whitening, dim=2).T
+        log_odds = (logits * not_member).sum(dim=1) - known.logsumexp(dim=1) - self.offset
+        unknown = torch.sigmoid(log_odds + _hazard(outlying, self.latent_tails).sum(dim=1))[:, None]
+        return torch.cat([known.softmax(dim=1) * (1 - unknown), unknown], dim=1)
+
+
+def _hazard(distances: Tensor, tails: Tensor) -> Tensor:
+    """`Weibull.hazard` on tensors; tails [3, K] as its fields."""
+    scale, shape, location = tails
+    hazard = ((distances - location).clamp_min(0) / scale).pow(shape)
+    return hazard.clamp_max(math.exp(LARGEST_LOG_HAZARD))
 
 
 def keep_freed_memory() -> None:

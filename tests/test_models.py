@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import ARCHITECTURES, RUN_KEYS, DHRNet, MaxPool, load_checkpoint, save_checkpoint
+from models import (
+    ARCHITECTURES,
+    RUN_KEYS,
+    DHRNet,
+    MaxPool,
+    Recogniser,
+    fit_rule,
+    load_checkpoint,
+    save_checkpoint,
+)
+from openmax import Activations, activation_vectors
 
 
 def make_model(arch="fast", channels=3, size=32, classes=5):
@@ -200,3 +210,36 @@ def test_lean_max_pooling_equals_pytorchs(size, dtype, memory_format):
         assert x.grad.stride() == x.stride()
         results.append((y, x.grad))
     assert all(map(torch.equal, *results))
+
+
+@pytest.fixture(scope="module")
+def recogniser():
+    """A small network with a rule fitted to it; labels are its own answers, so all are right."""
+    model = make_model("fast", 1, 16, classes=3).eval()
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.rand(600, 1, 4, 4, generator=generator)
+    images = (255 * F.interpolate(coarse, size=16, mode="bilinear")).byte()
+    biased = torch.nn.Linear(model.head[-1].in_features, 3)  # all classes occur
+    biased.weight.data = model.head[-1].weight.data
+    biased.bias.data = -model.activations(images)[0].median(dim=0).values
+    model.head[-1] = biased
+    logits, largest, average = (part.numpy() for part in model.activations(images))
+    activations = Activations(logits.argmax(axis=1), logits, largest, average)
+    return model, fit_rule(activations, activations, tail_size=10), images[:50]
+
+
+def test_recogniser_gives_the_rules_probabilities(recogniser):
+    model, rule, images = recogniser
+    parts = (part.detach().numpy() for part in model._chunk_activations(images))
+    expected = rule.predict_proba(activation_vectors(Activations(None, *parts), "avg"))
+    assert Recogniser(model, rule)(images).detach().numpy() == pytest.approx(expected, abs=1e-12)
+
+
+def test_exported_recogniser_gives_the_same_answers(recogniser, tmp_path):
+    model, rule, images = recogniser
+    module = Recogniser(model, rule)
+    batch = {0: torch.export.Dim("images")}
+    program = torch.export.export(module, (images[:2],), dynamic_shapes=[batch])
+    torch.export.save(program, tmp_path / "recogniser.pt2")
+    loaded = torch.export.load(tmp_path / "recogniser.pt2").module()
+    assert torch.allclose(loaded(images), module(images), atol=1e-6)

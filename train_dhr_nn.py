@@ -123,6 +123,7 @@ ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
 TAIL_SIZE = 20  # of the open-set rule; fewer where there are fewer validation images
 CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
+COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
     "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
     "seed",
@@ -345,6 +346,12 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     course: list[dict[str, float]] = []  # one row an epoch
     if args.resume:
         first_epoch, course = saved["epoch"], saved.get("course", [])
+        try:
+            kinds = {tuple(type(row[name]) for name in COURSE) for row in course}
+        except Exception:  # nothing of the kind
+            kinds = {()}
+        if kinds != {(int, *[float] * 6)}:
+            raise ValueError(f"{partial} does not tell the course of its run; remove it")
         restore(optimizers, saved["optimizer_states"], model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -364,7 +371,9 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         mirror = (first_mirror ^ (epoch % 2 == 1)) & model.config["mirrored"]
         model.train()
         history = []
-        for step in tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=rank() > 0):
+        for step in tqdm(
+            range(steps), f"epoch {epoch + 1}", unit="step", leave=False, disable=rank() > 0
+        ):
             rate = one_cycle(epoch * steps + step, args.epochs * steps)
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch, target = augment(images, index, mirror[index], generator), labels[index]
@@ -395,11 +404,8 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             f"{cross_entropy:13.4f}  {mse:6.4f}  {train_accuracy:9.4f}  {val_accuracy:7.4f}",
             flush=True,
         )
-        course.append({
-            "epoch": epoch + 1, "seconds": seconds, "rate": rate * args.lr,
-            "cross_entropy": cross_entropy, "mse": mse,
-            "train_accuracy": train_accuracy, "val_accuracy": val_accuracy,
-        })  # fmt: skip
+        row = (epoch + 1, seconds, rate * args.lr, cross_entropy, mse, train_accuracy, val_accuracy)
+        course.append(dict(zip(COURSE, row, strict=True)))
         saved = {
             "known_classes": list(data.classes),
             "train_args": {name: getattr(args, name) for name in STORED_ARGS},

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import compute_openmax
+import openmax
 import train_dhr_nn
 from compute_openmax import Rule
 from metrics import open_set_metrics, threshold_accepting
@@ -113,38 +115,97 @@ def test_damaged_cache_is_made_anew(digits_net, tmp_path, capsys):
     assert json.loads(first.read_text())["methods"] == json.loads(second.read_text())["methods"]
 
 
-def test_no_test_or_unknown_image_reaches_fit_or_threshold(digits_net, tmp_path, monkeypatch):
-    """Other test and unknown images leave every fitted method and threshold as they were."""
-    thresholds, fitted = [], []
+def poisoned(images):
+    """Other images, in another number, under other labels."""
+    keep = slice(len(images.labels) // 2)
+    return ImageSet(255 - images.images[keep], images.labels[::-1][keep].copy())
+
+
+@pytest.mark.parametrize("poison", [("test_known", "held-out-classes"), ("train",), ("val",)])
+def test_no_test_or_unknown_image_reaches_fit_or_threshold(
+    digits_net, tmp_path, monkeypatch, poison
+):
+    """Poisoned test and unknown images leave every fitted parameter and threshold as it was, bit
+    for bit; poisoned training or validation images, for comparison, do not."""
     load = compute_openmax.load_image_sets
 
-    def load_swapped(*args):
-        sets = load(*args)
-        for name in ("test_known", "held-out-classes"):
-            sets[name] = sets[name]._replace(images=255 - sets[name].images)
-        return sets
+    def evaluate_recording(*names):
+        """All that is fitted, the scores of an image by every fitted method, the thresholds."""
+        fitted, scores, thresholds = [], [], []
 
-    def measured(known, labels, unknown, threshold):
-        thresholds.append(threshold)
-        return open_set_metrics(known, labels, unknown, threshold)
+        def load_poisoned(*args):
+            sets = load(*args)
+            return {k: poisoned(v) if k in names else v for k, v in sets.items()}
 
-    def recorded(method):
-        def fit(train, val, rule):
-            scorer = method(train, val, rule)
-            fitted.append(np.column_stack(scorer(train)))  # changes with any fitted parameter
-            return scorer
+        def recording(fit):
+            def record(self, *args):
+                fit(self, *args)
+                fitted.append(pickle.dumps(vars(self)))
+                return self
 
-        return fit
+            return record
 
-    methods = {name: recorded(method) for name, method in compute_openmax.METHODS.items()}
-    monkeypatch.setattr(compute_openmax, "METHODS", methods)
-    monkeypatch.setattr(compute_openmax, "open_set_metrics", measured)
-    assert evaluate(digits_net, tmp_path) == 0
-    monkeypatch.setattr(compute_openmax, "load_image_sets", load_swapped)
-    assert evaluate(digits_net, tmp_path) == 0
-    assert len(thresholds) == len(fitted) == 10
-    assert thresholds[:5] == thresholds[5:]
-    assert all(map(np.array_equal, fitted[:5], fitted[5:]))
+        def scoring(method):
+            def record(train, val, rule):
+                scorer = method(train, val, rule)
+                probe = compute_openmax.Activations(*(array[:1] * 0 + 1 for array in train))
+                scores.append(np.column_stack(scorer(probe)).tobytes())
+                return scorer
+
+            return record
+
+        def measured(known, labels, unknown, threshold):
+            thresholds.append(threshold)
+            return open_set_metrics(known, labels, unknown, threshold)
+
+        methods = {name: scoring(method) for name, method in compute_openmax.METHODS.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(compute_openmax, "load_image_sets", load_poisoned)
+            patch.setattr(compute_openmax, "METHODS", methods)
+            patch.setattr(compute_openmax, "open_set_metrics", measured)
+            for kind in (openmax.OpenMax, openmax.DHROpenMax):
+                patch.setattr(kind, "fit", recording(kind.fit))
+            assert evaluate(digits_net, tmp_path, "--tail-size", "5") == 0
+        assert fitted
+        assert len(scores) == len(thresholds) == len(methods)
+        return fitted, scores, thresholds
+
+    same = evaluate_recording() == evaluate_recording(*poison)
+    assert same == ("test_known" in poison)
+
+
+def test_no_test_or_unknown_image_reaches_training(tmp_path, monkeypatch):
+    """The checkpoint is the same to the last bit whatever the test and unknown images are."""
+    load = train_dhr_nn.load_known
+
+    def load_poisoned(*args):
+        data = load(*args)
+        test = poisoned(data.test_known)
+        return data._replace(test_known=test, test_unknown=255 - data.test_unknown[::2])
+
+    flags = ["--epochs", "2", "--batch-size", "500"]
+    assert train(tmp_path / "clean.pt", *flags) == 0
+    monkeypatch.setattr(train_dhr_nn, "load_known", load_poisoned)
+    assert train(tmp_path / "poisoned.pt", *flags) == 0
+    clean, other = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("clean", "poisoned")
+    )
+    assert_equal(clean, other)
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for pair in zip(a, b, strict=True):
+            assert_equal(*pair)
+    else:
+        assert a == b
 
 
 def test_own_images_get_a_class_or_unknown(digits_net, tmp_path, capsys):

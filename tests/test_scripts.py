@@ -121,12 +121,12 @@ def poisoned(images):
     return ImageSet(255 - images.images[keep], images.labels[::-1][keep].copy())
 
 
-@pytest.mark.parametrize("poison", [("test_known", "held-out-classes"), ("train",), ("val",)])
+@pytest.mark.parametrize("poison", [("test_known", "held-out-classes"), ("val",)])
 def test_no_test_or_unknown_image_reaches_fit_or_threshold(
     digits_net, tmp_path, monkeypatch, poison
 ):
     """Poisoned test and unknown images leave every fitted parameter and threshold as it was, bit
-    for bit; poisoned training or validation images, for comparison, do not."""
+    for bit; poisoned validation images, for comparison, do not."""
     load = compute_openmax.load_image_sets
 
     def evaluate_recording(*names):
@@ -190,6 +190,8 @@ def test_no_test_or_unknown_image_reaches_training(tmp_path, monkeypatch):
     clean, other = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("clean", "poisoned")
     )
+    for row in clean["course"] + other["course"]:
+        del row["seconds"]
     assert_equal(clean, other)
 
 

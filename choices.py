@@ -1,5 +1,7 @@
-"""The names that flags choose from, apart from the code that they name: with these alone, bad
-arguments and --help are answered without the seconds that importing PyTorch takes."""
+"""What both command lines share: their parser, and the names that flags choose from. With these
+alone, bad arguments and --help are answered without the seconds that importing PyTorch takes."""
+
+import argparse
 
 ARCHITECTURES = ("fast", "vgg")
 DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
@@ -9,3 +11,14 @@ UNKNOWN_SETS = (
     "tiny-imagenet-crop", "tiny-imagenet-resize", "lsun-crop", "lsun-resize", "isun", "svhn",
     "cifar100", "mnist", "textures", "gaussian-noise", "uniform-noise",
 )  # fmt: skip
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """The parser that both scripts add their flags to."""
+    return argparse.ArgumentParser(
+        description=description,
+        # Asking the terminal for its width would import more modules.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 20, 80),
+        usage="%(prog)s [option ...]",
+        allow_abbrev=False,
+    )

@@ -13,17 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from choices import DISTANCES, KNOWN_SPLITS, UNKNOWN_SETS
+from choices import DISTANCES, KNOWN_SPLITS, UNKNOWN_SETS, command_line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        # Asking the terminal for its width would import more modules.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 20, 80),
-        usage="%(prog)s [option ...]",
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__)
     # fmt: off
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",

@@ -15,17 +15,11 @@ import math
 import sys
 from pathlib import Path
 
-from choices import ARCHITECTURES, KNOWN_SETS
+from choices import ARCHITECTURES, KNOWN_SETS, command_line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        # Asking the terminal for its width would import more modules.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 20, 80),
-        usage="%(prog)s [option ...]",
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__)
     # fmt: off
     add = parser.add_argument
     add("--dataset", default="cifar10", metavar="NAME",

@@ -260,8 +260,8 @@ def load_image_sets(
     """The named sets: `train`, `val`, `test_known` of the checkpoint's data, or unknown ones."""
     if not names:
         return {}
-    known_classes = [name for name in meta["train_args"]["known_classes"].split(",") if name]
-    data = load_known(meta["train_args"]["dataset"], data_dir, known_classes)
+    train_args = meta["train_args"]
+    data = load_known(train_args["dataset"], data_dir, train_args["known_classes"])
     sets = {}
     for name in names:
         if name in KNOWN_SPLITS:
@@ -550,6 +550,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, results)
     if args.report:
+        write_json(args.report / "results.json", results)
         from report import write_report  # draws; nothing else needs matplotlib
 
         def refit(method: str, tail_size: int, alpha: int) -> Scorer:

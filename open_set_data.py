@@ -91,13 +91,14 @@ class KnownData(NamedTuple):
     test_unknown: np.ndarray
 
 
-def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> KnownData:
+def load_known(name: str, data_dir: Path, known_classes: str = "") -> KnownData:
     """Load a data set and split it.
 
     Args:
         name: one of `KNOWN_SETS`, or `folder:PATH` with one sub-folder of images a class.
         data_dir: where image sets lie or are downloaded to.
-        known_classes: names or indices of the classes to know, in label order; empty for all.
+        known_classes: names or indices of the classes to know, comma-separated, in label order;
+            empty for all.
 
     Raises:
         ImagesUnavailable: the images are neither on disk nor to be had from the network.
@@ -114,7 +115,8 @@ def load_known(name: str, data_dir: Path, known_classes: Sequence[str] = ()) -> 
         in_test = _stratified_mask(train.labels, lambda count: round(TEST_SHARE * count))
         train, test = _select(train, ~in_test), _select(train, in_test)
 
-    known = _class_indices(known_classes, all_classes)
+    wanted = [item for item in known_classes.split(",") if item]
+    known = _class_indices(wanted, all_classes)
     train, test_known = _relabel(train, known), _relabel(test, known)
     in_val = _stratified_mask(
         train.labels, lambda count: min(VAL_PER_CLASS, max(1, int(VAL_SHARE * count)))

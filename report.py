@@ -7,7 +7,6 @@ those of Okabe and Ito, which colour-blind readers tell apart.
 import base64
 import html
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from openmax import UNKNOWN, Activations, OpenMax, activation_vectors
 
 Images = NDArray[np.uint8]
 Scorer = Callable[[Activations], Scores]
+Tail = tuple[NDArray[np.float64], Any]  # the largest distances of a class, and SciPy's Weibull
 
 OURS = "dhr_openmax"  # the method the page is about
 TABLE = {
@@ -91,7 +91,7 @@ def write_report(
     pixels: dict[str, Images],
     reconstruct: Callable[[Images], Images],
 ) -> None:
-    """Write `report.html`, `results.json` and every picture as PNG and SVG to a folder.
+    """Write `report.html` and every picture as PNG and SVG to a folder.
 
     Args:
         folder: to write to.
@@ -109,6 +109,7 @@ def write_report(
     """
     unknown_sets = [name for name in scores[OURS] if name != "test_known"]
     test = sets["test_known"]
+    tails = class_tails(results["openmax"], sets["train"], len(classes))
     threshold, ours = results["openmax"]["threshold"][OURS], scores[OURS]
     page = [f"<h1>{html.escape(sentence(results, ours, test.labels, unknown_sets[0]))}</h1>"]
 
@@ -122,7 +123,7 @@ def write_report(
     page.extend(results_table(results, name) for name in unknown_sets)
     page.append(paragraph("In %; FPR95 is better when low. results.json has all eight metrics."))
     section("Does it work, and if not, why?")
-    page.extend(diagnose(results, sets, ours, classes))
+    page.extend(diagnose(results, sets, ours, classes, tails))
     section("ROC and OSCR curves")
     for name in unknown_sets:
         caption = f"{name}: images found to be unknown, against known images lost."
@@ -138,7 +139,7 @@ def write_report(
     section("Weibull tails")
     caption = "crosr: each class's largest distances to its mean, and the Weibull fitted to them"
     caption += f"; the first {SHOWN_CLASSES} classes." if len(classes) > SHOWN_CLASSES else "."
-    picture("weibull", caption, draw_weibulls, results["openmax"], sets["train"], classes)
+    picture("weibull", caption, draw_weibulls, results["openmax"]["tail_size"], tails, classes)
     section("Confusion")
     for name in unknown_sets:
         caption = f"{OURS} at its threshold, unknown images from {name}. Rows add up to 100 %."
@@ -172,7 +173,6 @@ def write_report(
         picture(f"sensitivity-{setting}", caption, draw_sensitivity, setting, curve, used)
     section("How the numbers were made")
     page.append(provenance(results))
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "report.html").write_text("\n".join([HEAD, *page, "</html>\n"]))
     print(f"wrote {folder / 'report.html'}")
 
@@ -215,6 +215,7 @@ def diagnose(
     sets: dict[str, Activations],
     ours: dict[str, Scores],
     classes: Sequence[str],
+    tails: Sequence[Tail],
 ) -> list[str]:
     """Say in plain words what is well and what is not, and what to change."""
     findings = []
@@ -251,8 +252,6 @@ def diagnose(
             "like a known class to this network; see the histogram and the mistakes below, and "
             "train a more accurate network. Another threshold only trades one error for the other.",
         )
-    settings = results["openmax"]
-    tails = class_tails(settings, train, len(classes))
     misfit = [
         classes[label]
         for label, (tail, frozen) in enumerate(tails)
@@ -282,9 +281,7 @@ def diagnose(
     return findings
 
 
-def class_tails(
-    settings: dict[str, Any], train: Activations, num_classes: int
-) -> list[tuple[NDArray[np.float64], Any]]:
+def class_tails(settings: dict[str, Any], train: Activations, num_classes: int) -> list[Tail]:
     """For each class, the tail of distances that crosr fits, and its Weibull as SciPy's."""
     vectors = activation_vectors(train, settings["latents"])
     model = OpenMax(settings["tail_size"], settings["alpha"], settings["distance"])
@@ -376,8 +373,8 @@ def draw_histogram(known: Scores, unknown: Scores, threshold: float) -> Figure:
     return axes.figure  # type: ignore[return-value]
 
 
-def draw_weibulls(settings: dict[str, Any], train: Activations, classes: Sequence[str]) -> Figure:
-    tails = class_tails(settings, train, len(classes))[:SHOWN_CLASSES]
+def draw_weibulls(tail_size: int, tails: Sequence[Tail], classes: Sequence[str]) -> Figure:
+    tails = tails[:SHOWN_CLASSES]
     columns = min(3, len(tails))
     rows = -(-len(tails) // columns)
     figure = Figure(figsize=(6.4, 1.9 * rows + 0.4))
@@ -393,7 +390,7 @@ def draw_weibulls(settings: dict[str, Any], train: Activations, classes: Sequenc
         axes.locator_params(axis="x", nbins=4)
     for axes in grid.flat[len(tails) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"distance to the class mean, {settings['tail_size']} largest", fontsize=12)
+    figure.supxlabel(f"distance to the class mean, {tail_size} largest", fontsize=12)
     figure.supylabel("density", fontsize=12)
     return figure
 

@@ -109,6 +109,7 @@ from models import (
 from open_set_data import ImageSet, ImagesUnavailable, load_known
 
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
+STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 MAX_SHIFT = 4  # pixels, of the random translation
 WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
 LABEL_SMOOTHING = 0.1
@@ -304,8 +305,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     device, autocast = prepare_device(args.device)
 
     # Data: one uint8 tensor on the device
-    known_classes = [name for name in args.known_classes.split(",") if name]
-    data = first_process_first(lambda: load_known(args.dataset, args.data_dir, known_classes))
+    data = first_process_first(lambda: load_known(args.dataset, args.data_dir, args.known_classes))
     images = torch.from_numpy(data.train.images).to(device)
     labels = torch.from_numpy(data.train.labels).to(device)
     count, size, _, channels = images.shape
@@ -332,7 +332,8 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     if not args.resume:
         mirrored = args.dataset not in NOT_MIRRORED
         model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
-        model.fit_input_statistics(torch.from_numpy(data.train.images[:5000]).permute(0, 3, 1, 2))
+        some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
+        model.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     model.to(device).to(memory_format=torch.channels_last)
     network = replicated(model)
     optimizers = build_optimizers(model, args.lr)

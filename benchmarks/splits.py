@@ -105,6 +105,23 @@ def unknown_sets(protocol: str, split: int, data_dir: Path) -> list[str]:
     return ["--unknown", *(f"folder:{folders[int(index)]}" for index in chosen)]
 
 
+def command_line(description: str | None, folder: str, epochs: int) -> argparse.ArgumentParser:
+    """A parser with the flags of all programs that train several networks into a folder."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=epochs, help=f"of every training run (default {epochs})")
+    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
+    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
+    add("--out", type=Path, default=ROOT / "data" / folder,
+        help=f"checkpoints and their results (default data/{folder})")  # fmt: skip
+    add("--device", default="auto", help="as in the scripts (default auto)")
+    return parser
+
+
 def call(script: ModuleType, *flags: str) -> None:
     """Run one of the two scripts; its errors end this one."""
     print(f"\n$ python {Path(str(script.__file__)).name} {shlex.join(flags)}", flush=True)
@@ -112,34 +129,34 @@ def call(script: ModuleType, *flags: str) -> None:
         raise SystemExit(status)
 
 
-def train(checkpoint: Path, *flags: str) -> None:
+def train(checkpoint: Path, dataset: str, known_classes: str, args: argparse.Namespace) -> None:
     """Train a network, or go on training it, unless it is there already."""
+    flags = ["--dataset", dataset, "--known-classes", known_classes, "--epochs", str(args.epochs)]
+    flags += ["--batch-size", str(args.batch_size), "--data-dir", str(args.data_dir)]
+    flags += ["--device", args.device, "--out", str(checkpoint)]
     if Path(f"{checkpoint}.partial").exists():
-        flags = (*flags, "--resume")
+        flags.append("--resume")
     if not checkpoint.exists():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        call(train_dhr_nn, *flags, "--out", str(checkpoint))
+        call(train_dhr_nn, *flags)
 
 
-def run_split(
-    protocol: str, split: int, data_dir: Path, out: Path, device: str, train_flags: list[str]
-) -> dict[str, dict[str, float]]:
+def run_split(protocol: str, split: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Train and measure a split; AUROC and OSCR of every method, and the closed-set accuracy.
 
     CIFAR-100 classes are measured one by one and averaged: they have 100 images each, and both
     figures are linear in the unknown images.
     """
-    checkpoint = out / f"{protocol}-{split}.pt"
-    results = checkpoint.with_suffix(".json")
-    data = ["--data-dir", str(data_dir), "--device", device]
     dataset = "cifar10" if protocol.startswith("cifar") else protocol
-    known = known_classes(protocol, split, data_dir)
-    train(checkpoint, "--dataset", dataset, "--known-classes", known, *data, *train_flags)
+    known = known_classes(protocol, split, args.data_dir)
+    checkpoint = args.out / f"{dataset}-{known}.pt"
+    results = args.out / f"{protocol}-{split}.json"
+    train(checkpoint, dataset, known, args)
     if not results.exists():
-        flags = [*data, "--no-cache", "--json", str(results)]
+        flags = ["--data-dir", str(args.data_dir), "--device", args.device, "--no-cache"]
+        flags += ["--json", str(results), *unknown_sets(protocol, split, args.data_dir)]
         with redirect_stdout(None):  # CIFAR+50 would print fifty tables
-            call(compute_openmax, "--checkpoint", str(checkpoint), *flags,
-                 *unknown_sets(protocol, split, data_dir))  # fmt: skip
+            call(compute_openmax, "--checkpoint", str(checkpoint), *flags)
     measured = json.loads(results.read_text())
     return {"accuracy": {"closed_set": measured["closed_set_accuracy"]}} | {
         method: {
@@ -178,32 +195,19 @@ def print_protocol(protocol: str, summary: dict[str, dict[str, list[float]]], co
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__, "splits", epochs=15)
     add = parser.add_argument
     add("protocols", nargs="*", metavar="PROTOCOL", help=f"of {', '.join(KNOWN)}")
     add("--splits", type=int, default=5, choices=range(1, 6), help="the first N (default 5)")
-    add("--epochs", type=int, default=15, help="of every training run (default 15)")
-    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
-    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
-    add("--out", type=Path, default=ROOT / "data" / "splits", help="checkpoints and their results")
     add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "splits.json")
-    add("--device", default="auto", help="as in the scripts (default auto)")
     args = parser.parse_args(argv)
     there = [p for p, paths in ON_DISK.items() if all((args.data_dir / x).exists() for x in paths)]
     if missing := set(args.protocols) - set(there):
         parser.error(f"{', '.join(sorted(missing))}: expected of {', '.join(there)}, whose images "
                      f"are in {args.data_dir}")  # fmt: skip
-    flags = ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
     recorded = json.loads(args.json.read_text()) if args.json.exists() else {}
     for protocol in args.protocols or there:
-        splits = [
-            run_split(protocol, split, args.data_dir, args.out, args.device, flags)
-            for split in range(args.splits)
-        ]
+        splits = [run_split(protocol, split, args) for split in range(args.splits)]
         summary = summarize(splits)
         print_protocol(protocol, summary, len(splits))
         recorded[protocol] = {"epochs": args.epochs, "splits": splits, "mean_and_std": summary}

@@ -9,7 +9,6 @@ mean AUROC over the folds of every setting, a recommendation, and one JSON line.
 in --out: call again to go on after a stop.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -33,13 +32,13 @@ ALPHAS = (0, 1, 2, 3, 5)  # and all classes; dhr_openmax takes none
 
 
 def fold_activations(
-    checkpoint: Path, dataset: str, data_dir: Path, left_out: list[str], device_name: str
+    checkpoint: Path, dataset: str, data_dir: Path, left_out: str, device_name: str
 ) -> tuple[Activations, Activations, Activations]:
     """Activations of train and val of the classes trained on, and val of those left out."""
     device, autocast = prepare_device(device_name)
     model, meta = load_checkpoint(checkpoint)
     model.to(device).to(memory_format=torch.channels_last)
-    known = load_known(dataset, data_dir, meta["train_args"]["known_classes"].split(","))
+    known = load_known(dataset, data_dir, meta["train_args"]["known_classes"])
     unknown = load_known(dataset, data_dir, left_out)
     train, val, other = (
         extract(model, images, title, 500, device, autocast)
@@ -73,33 +72,20 @@ def sweep(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = splits.command_line(__doc__, "sweep", epochs=8)
     add = parser.add_argument
     add("--dataset", default="cifar10", help="as for train_dhr_nn.py (default cifar10)")
-    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
     add("--folds", type=int, default=5, help="networks to train, 2 or more (default 5)")
-    add("--epochs", type=int, default=8, help="of every training run (default 8)")
-    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
-    add("--out", type=Path, default=ROOT / "data" / "sweep", help="networks (default data/sweep)")
-    add("--device", default="auto", help="as in the scripts (default auto)")
     args = parser.parse_args(argv)
     classes = load_known(args.dataset, args.data_dir).classes
     if not 2 <= args.folds <= len(classes) // 2:
         parser.error(f"--folds {args.folds}: expected 2..{len(classes) // 2}, two classes each")
     folds = []
     for fold in range(args.folds):
-        left_out = [str(i) for i in range(len(classes)) if i % args.folds == fold]
+        left_out = ",".join(str(i) for i in range(len(classes)) if i % args.folds == fold)
         kept = ",".join(str(i) for i in range(len(classes)) if i % args.folds != fold)
         checkpoint = args.out / f"{args.dataset.replace('/', '_')}-{args.folds}-{fold}.pt"
-        splits.train(
-            checkpoint, "--dataset", args.dataset, "--known-classes", kept,
-            "--data-dir", str(args.data_dir), "--epochs", str(args.epochs),
-            "--batch-size", str(args.batch_size), "--device", args.device,
-        )  # fmt: skip
+        splits.train(checkpoint, args.dataset, kept, args)
         folds.append(
             fold_activations(checkpoint, args.dataset, args.data_dir, left_out, args.device)
         )

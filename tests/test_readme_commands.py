@@ -34,7 +34,7 @@ PYTHON = [block for language, block in BLOCKS if language == "python"]
 MAINS = {"train_dhr_nn.py": train_dhr_nn.main, "compute_openmax.py": compute_openmax.main}
 
 
-def small_known(name, data_dir, known_classes=()):
+def small_known(name, data_dir, known_classes=""):
     data = load_known("digits" if name == "cifar10" else name, data_dir, known_classes)
     if name != "cifar10":
         return data

@@ -112,7 +112,6 @@ NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 MAX_SHIFT = 4  # pixels, of the random translation
 WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
-LABEL_SMOOTHING = 0.1
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
@@ -247,7 +246,7 @@ def training_step(
     """Take one step on a batch; return its [cross-entropy, squared error, accuracy]."""
     with autocast:
         logits, reconstruction, _ = model(images)
-        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        cross_entropy = F.cross_entropy(logits, labels)
         plain_model: Any = getattr(model, "module", model)  # what DistributedDataParallel wraps
         mse = F.mse_loss(reconstruction, plain_model.normalize(images))
     (cross_entropy + reconstruction_weight * mse).backward()

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from test_models import make_images, make_model
 
 import train_dhr_nn
-from open_set_data import load_known
+from models import load_checkpoint
+from open_set_data import ImageSet, load_known
 from train_dhr_nn import MAX_SHIFT, augment, one_cycle, training_step
 
 FLOAT32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -135,3 +136,18 @@ def test_validation_is_on_validation_images_and_test_images_come_last(seen, tmp_
         len(data.test_known.labels),
     ]
     assert np.array_equal(seen["measured"][0].images, data.val.images)
+
+
+def test_normalisation_comes_from_images_of_every_class(seen, tmp_path, monkeypatch):
+    """Also where they lie class by class, as in folders, and are too many to look at all."""
+    digits = load_known("digits", tmp_path)
+    order = np.argsort(digits.train.labels, kind="stable")
+    grey = np.full_like(digits.train.images, 10)
+    grey[digits.train.labels[order] >= 5] = 200
+    ordered = digits._replace(train=ImageSet(grey, digits.train.labels[order]))
+    monkeypatch.setattr(train_dhr_nn, "load_known", lambda *args: ordered)
+    monkeypatch.setattr(train_dhr_nn, "STATISTICS_IMAGES", 50)
+    out = tmp_path / "net.pt"
+    assert train_dhr_nn.main([*DIGITS, "--epochs", "1", "--out", str(out)]) == 0
+    mean = 255 * load_checkpoint(out)[1]["mean"].item()
+    assert mean == pytest.approx(grey.mean(), abs=8)

@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 evaluate: install  ## open-set metrics of the shipped network
-	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize
+	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize cifar100
 
 report: install  ## the same as a page with pictures, report/report.html
-	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize --report report
+	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize cifar100 --report report
 
 train: install  ## train the shipped network again
 	$(BIN)/python train_dhr_nn.py

@@ -106,7 +106,7 @@ from models import (
     software_versions,
     try_writing,
 )
-from open_set_data import ImageSet, ImagesUnavailable, load_known
+from open_set_data import ImageSet, ImagesUnavailable, KnownData, load_known
 
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
@@ -282,23 +282,79 @@ def git_commit() -> str:
         return ""
 
 
+def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
+    """The network and the checkpoint of an unfinished run, whose settings replace those in `args`.
+
+    Raises:
+        ValueError: it does not exist, is finished, or lacks or contradicts something.
+    """
+    if not partial.exists():
+        raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
+    model, saved = load_checkpoint(partial)
+    if "optimizer_states" not in saved:
+        raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
+    stored = {name: saved["train_args"].get(name) for name in STORED_ARGS}
+    if any(type(value) is not type(getattr(args, name)) for name, value in stored.items()):
+        raise ValueError(f"{partial} lacks settings of its run: remove it and start anew")
+    vars(args).update(stored)
+    off = "" if saved["epoch"] in range(1, args.epochs + 1) else f"epoch {saved['epoch']}"
+    if off := off or range_error(args):
+        raise ValueError(f"{partial} is damaged ({off}): remove it and start anew")
+    try:
+        kinds = {tuple(type(row[name]) for name in COURSE) for row in saved["course"]}
+    except Exception:  # nothing of the kind
+        kinds = {()}
+    if kinds != {(int, *[float] * 6)}:
+        raise ValueError(f"{partial} does not tell the course of its run; remove it")
+    return model, saved
+
+
+def finish(
+    out: Path,
+    model: DHRNet,
+    saved: dict[str, Any],
+    data: KnownData,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> None:
+    """Write the trained network to `out`, with its open-set rule, and the picture of its course.
+
+    Args:
+        out: path of the checkpoint.
+        model: the network.
+        saved: entries of the checkpoint of its last epoch.
+        data: images; the rule is fitted to those of training and validation.
+        batch_size: images sent to the device at once.
+        device, autocast: what to run the network on.
+    """
+    model.eval()
+    train, val = (
+        extract(model, images, title, batch_size, device, autocast)
+        for title, images in (("train", data.train), ("val", data.val))
+    )
+    try:
+        rule = fit_rule(train, val, min(TAIL_SIZE, len(val.labels)))
+        saved = {**saved, "open_set_rule": pack_rule(rule, val)}
+    except ValueError as error:
+        print(f"no open-set rule is stored: {error}")
+    save_checkpoint(out, model, **saved)
+    from report import draw_training  # matplotlib, only now
+
+    picture = out.with_suffix(".png")
+    replace_file(picture, lambda file: file.write(draw_training(saved["course"])))
+    test_accuracy = accuracy(model, data.test_known, batch_size, device, autocast)
+    print(f"accuracy on the {len(data.test_known.labels):,} test images: {test_accuracy:.4f}")
+    print(f"wrote {out} and {picture}; measure it with")
+    print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(out))}")
+
+
 def train(args: argparse.Namespace, partial: Path) -> None:
     if not rank():
         for path in (args.out, partial):
             try_writing(path, CHECKPOINT_ROOM)
     if args.resume:
-        if not partial.exists():
-            raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
-        model, saved = load_checkpoint(partial)
-        if "optimizer_states" not in saved:
-            raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
-        stored = {name: saved["train_args"].get(name) for name in STORED_ARGS}
-        if any(type(value) is not type(getattr(args, name)) for name, value in stored.items()):
-            raise ValueError(f"{partial} lacks settings of its run: remove it and start anew")
-        vars(args).update(stored)
-        off = "" if saved["epoch"] in range(1, args.epochs + 1) else f"epoch {saved['epoch']}"
-        if off := off or range_error(args):
-            raise ValueError(f"{partial} is damaged ({off}): remove it and start anew")
+        model, saved = load_unfinished(partial, args)
     elif partial.exists() and not args.dry_run:
         raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device, autocast = prepare_device(args.device)
@@ -339,13 +395,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     first_epoch, steps = 0, count // args.batch_size
     course: list[dict[str, float]] = []  # one row an epoch
     if args.resume:
-        first_epoch, course = saved["epoch"], saved.get("course", [])
-        try:
-            kinds = {tuple(type(row[name]) for name in COURSE) for row in course}
-        except Exception:  # nothing of the kind
-            kinds = {()}
-        if kinds != {(int, *[float] * 6)}:
-            raise ValueError(f"{partial} does not tell the course of its run; remove it")
+        first_epoch, course = saved["epoch"], saved["course"]
         restore(optimizers, saved["optimizer_states"], model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -413,30 +463,10 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(partial, model, **saved, optimizer_states=states)
 
-    if rank():
-        return
-    # The open-set rule, fitted on training and validation images, travels with the network
-    entries = {name: saved[name] for name in RUN_KEYS} | {"course": course}
-    model.eval()
-    fit_on, val = (
-        extract(model, images, title, args.batch_size, device, autocast)
-        for title, images in (("train", data.train), ("val", data.val))
-    )
-    try:
-        tail_size = min(TAIL_SIZE, len(val.labels))
-        entries["open_set_rule"] = pack_rule(fit_rule(fit_on, val, tail_size), val)
-    except ValueError as error:
-        print(f"no open-set rule is stored: {error}")
-    save_checkpoint(args.out, model, **entries)
-    from report import draw_training  # matplotlib, only now
-
-    picture = args.out.with_suffix(".png")
-    replace_file(picture, lambda file: file.write(draw_training(course)))
-    partial.unlink()
-    test_accuracy = accuracy(model, data.test_known, args.batch_size, device, autocast)
-    print(f"accuracy on the {len(data.test_known.labels):,} test images: {test_accuracy:.4f}")
-    print(f"wrote {args.out} and {picture}; measure it with")
-    print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}")
+    if not rank():
+        entries = {name: saved[name] for name in (*RUN_KEYS, "course")}
+        finish(args.out, model, entries, data, args.batch_size, device, autocast)
+        partial.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:

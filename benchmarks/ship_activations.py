@@ -28,7 +28,7 @@ from models import (
     save_checkpoint,
 )
 
-UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize")
+UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from open_set_data import load_known
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "evaluate.json").read_text())
-SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize")
+SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 COLUMNS = ("auroc", "fpr_at_95_tpr", "macro_f1", "macro_f1_at_half")
 
 

@@ -10,7 +10,6 @@ the open-set rule fitted to the network; its course is drawn beside it as a PNG.
 """
 
 import argparse
-import copy
 import math
 import sys
 from pathlib import Path
@@ -73,6 +72,7 @@ def range_error(args: argparse.Namespace) -> str:
 if __name__ == "__main__":  # bad arguments and --help end here, before the slow imports
     parse_args(None)
 
+import copy
 import shlex
 import subprocess
 import time

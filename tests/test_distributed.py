@@ -60,7 +60,7 @@ def test_two_processes_follow_the_loss_of_one(trained):
     """Batches and augmentation are the same; batch normalisation is over half of a batch each."""
     folder, alone, together = trained
     assert losses(alone).shape == losses(together).shape == (4, 2)  # one process prints
-    assert losses(together) == pytest.approx(losses(alone), rel=0.1)
+    assert losses(together) == pytest.approx(losses(alone), rel=0.1, abs=0.02)
     assert "wrote" in together
     assert {path.name for path in folder.glob("*.pt*")} == {"alone.pt", "together.pt"}
 

@@ -68,12 +68,12 @@ def child(script, argv, log, file_limit=resource.RLIM_INFINITY, die_at=("", 0), 
 
 @pytest.fixture(scope="module")
 def start():
-    """Start `child` processes that need not import torch again."""
+    """Start `child` processes that need not import torch or matplotlib again."""
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        context.set_forkserver_preload(["test_nothing_lost"])
+        context.set_forkserver_preload(["test_nothing_lost", "report"])
 
         def start_child(script, argv, log=os.devnull, **kwargs):
             process = context.Process(target=child, args=(script, argv, log), kwargs=kwargs)

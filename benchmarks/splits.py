@@ -105,23 +105,6 @@ def unknown_sets(protocol: str, split: int, data_dir: Path) -> list[str]:
     return ["--unknown", *(f"folder:{folders[int(index)]}" for index in chosen)]
 
 
-def command_line(description: str | None, folder: str, epochs: int) -> argparse.ArgumentParser:
-    """A parser with the flags of all programs that train several networks into a folder."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=epochs, help=f"of every training run (default {epochs})")
-    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
-    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
-    add("--out", type=Path, default=ROOT / "data" / folder,
-        help=f"checkpoints and their results (default data/{folder})")  # fmt: skip
-    add("--device", default="auto", help="as in the scripts (default auto)")
-    return parser
-
-
 def call(script: ModuleType, *flags: str) -> None:
     """Run one of the two scripts; its errors end this one."""
     print(f"\n$ python {Path(str(script.__file__)).name} {shlex.join(flags)}", flush=True)
@@ -195,10 +178,19 @@ def print_protocol(protocol: str, summary: dict[str, dict[str, list[float]]], co
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command_line(__doc__, "splits", epochs=15)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("protocols", nargs="*", metavar="PROTOCOL", help=f"of {', '.join(KNOWN)}")
     add("--splits", type=int, default=5, choices=range(1, 6), help="the first N (default 5)")
+    add("--epochs", type=int, default=15, help="of every training run (default 15)")
+    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
+    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
+    add("--out", type=Path, default=ROOT / "data" / "splits", help="checkpoints and their results")
+    add("--device", default="auto", help="as in the scripts (default auto)")
     add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "splits.json")
     args = parser.parse_args(argv)
     there = [p for p, paths in ON_DISK.items() if all((args.data_dir / x).exists() for x in paths)]

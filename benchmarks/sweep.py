@@ -1,27 +1,30 @@
-"""Choose the tail size and alpha without unknown images: known classes are left out in turn.
+"""Choose the open-set rule's settings without unknown images, on networks that leave classes out.
 
-    python benchmarks/sweep.py                             # CIFAR-10, five folds of two classes
-    python benchmarks/sweep.py --dataset digits --batch-size 100 --epochs 8
+    python benchmarks/sweep.py data/splits/cifar10-*.pt   # the networks of splits.py
+    python benchmarks/sweep.py first.pt second.pt         # or of train_dhr_nn.py --known-classes
 
-For each fold a network is trained on the other classes; validation images of the classes left out
-stand in for unknown images, those of the others are known. No test image is touched. Prints the
-mean AUROC over the folds of every setting, a recommendation, and one JSON line. Networks are kept
-in --out: call again to go on after a stop.
+Validation images of the classes that a network was not trained on stand in for unknown images,
+those of its own classes are known; no test image is touched. Prints the mean AUROC over the
+networks of every tail size and alpha, a recommendation, what each choice of dhr_openmax is worth
+(the variants of ablation.py), and one JSON line.
 """
 
+import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import splits
+from ablation import variants
 
-from compute_openmax import METHODS, Rule
+from compute_openmax import METHODS, Rule, Scorer
 from metrics import auroc
 from models import extract, load_checkpoint, prepare_device
 from open_set_data import load_known
@@ -31,27 +34,40 @@ TAIL_SIZES = (5, 10, 20, 50, 100)
 ALPHAS = (0, 1, 2, 3, 5)  # and all classes; dhr_openmax takes none
 
 
-def fold_activations(
-    checkpoint: Path, dataset: str, data_dir: Path, left_out: str, device_name: str
-) -> tuple[Activations, Activations, Activations]:
-    """Activations of train and val of the classes trained on, and val of those left out."""
+class Fold(NamedTuple):
+    """Activations of train and val of the classes a network knows, and val of those left out."""
+
+    train: Activations
+    val: Activations
+    left_out: Activations
+
+    def area(self, scorer: Scorer) -> float:
+        return auroc(scorer(self.val).unknownness, scorer(self.left_out).unknownness)
+
+
+def load_fold(checkpoint: Path, data_dir: Path, device_name: str) -> Fold:
     device, autocast = prepare_device(device_name)
     model, meta = load_checkpoint(checkpoint)
     model.to(device).to(memory_format=torch.channels_last)
-    known = load_known(dataset, data_dir, meta["train_args"]["known_classes"])
-    unknown = load_known(dataset, data_dir, left_out)
-    train, val, other = (
-        extract(model, images, title, 500, device, autocast)
-        for title, images in (("train", known.train), ("val", known.val), ("left out", unknown.val))
-    )
-    return train, val, other
+    dataset, known_classes = meta["train_args"]["dataset"], meta["train_args"]["known_classes"]
+    known, everything = (load_known(dataset, data_dir, c) for c in (known_classes, ""))
+    left_out = [str(i) for i, name in enumerate(everything.classes) if name not in known.classes]
+    if len(left_out) < 2:
+        raise SystemExit(f"{checkpoint} leaves out {len(left_out)} classes; expected 2 or more")
+    others = load_known(dataset, data_dir, ",".join(left_out))
+    return Fold(
+        *(
+            extract(model, images, f"{checkpoint.name} {title}", 500, device, autocast)
+            for title, images in (
+                ("train", known.train), ("val", known.val), ("left out", others.val)
+            )
+        )
+    )  # fmt: skip
 
 
-def sweep(
-    folds: list[tuple[Activations, Activations, Activations]],
-) -> dict[str, dict[tuple[int, int], float]]:
+def mean_areas(folds: list[Fold]) -> dict[str, dict[tuple[int, int], float]]:
     """Mean AUROC over the folds for each method, tail size and alpha that can be fitted."""
-    num_classes = min(train.logits.shape[1] for train, _, _ in folds)
+    num_classes = min(fold.train.logits.shape[1] for fold in folds)
     alphas = sorted({alpha for alpha in ALPHAS if alpha < num_classes} | {num_classes})
     means: dict[str, dict[tuple[int, int], float]] = {}
     for method in ("openmax", "crosr", "dhr_openmax"):
@@ -59,44 +75,51 @@ def sweep(
         for tail_size in TAIL_SIZES:
             for alpha in alphas if method != "dhr_openmax" else [0]:
                 rule = Rule("max", "euclidean", tail_size, alpha)
-                areas = []
-                for train, val, other in folds:
-                    try:
-                        scorer = METHODS[method](train, val, rule)
-                    except ValueError:  # fewer images than the tail
-                        break
-                    areas.append(auroc(scorer(val).unknownness, scorer(other).unknownness))
-                else:
-                    means[method][tail_size, alpha] = statistics.fmean(areas)
+                try:
+                    areas = [
+                        fold.area(METHODS[method](fold.train, fold.val, rule)) for fold in folds
+                    ]
+                except ValueError:  # fewer images than the tail
+                    continue
+                means[method][tail_size, alpha] = statistics.fmean(areas)
     return means
 
 
+def variant_areas(folds: Iterable[Fold]) -> dict[str, list[float]]:
+    """AUROC in each fold of the variants of dhr_openmax."""
+    areas: dict[str, list[float]] = {}
+    for fold in folds:
+        for name, scorer in variants(fold.train, fold.val):
+            areas.setdefault(name, []).append(fold.area(scorer))
+    return areas
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = splits.command_line(__doc__, "sweep", epochs=8)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="as for train_dhr_nn.py (default cifar10)")
-    add("--folds", type=int, default=5, help="networks to train, 2 or more (default 5)")
+    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="networks")
+    add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
+    add("--device", default="auto", help="as in the scripts (default auto)")
     args = parser.parse_args(argv)
-    classes = load_known(args.dataset, args.data_dir).classes
-    if not 2 <= args.folds <= len(classes) // 2:
-        parser.error(f"--folds {args.folds}: expected 2..{len(classes) // 2}, two classes each")
-    folds = []
-    for fold in range(args.folds):
-        left_out = ",".join(str(i) for i in range(len(classes)) if i % args.folds == fold)
-        kept = ",".join(str(i) for i in range(len(classes)) if i % args.folds != fold)
-        checkpoint = args.out / f"{args.dataset.replace('/', '_')}-{args.folds}-{fold}.pt"
-        splits.train(checkpoint, args.dataset, kept, args)
-        folds.append(
-            fold_activations(checkpoint, args.dataset, args.data_dir, left_out, args.device)
-        )
-    means = sweep(folds)
+    folds = [load_fold(path, args.data_dir, args.device) for path in args.checkpoints]
+    means = mean_areas(folds)
     for method, areas in means.items():
         best = max(areas, key=lambda setting: areas[setting])
-        print(f"\n{method}: AUROC in % of left-out classes, mean of {args.folds} folds")
+        print(f"\n{method}: AUROC in % of left-out classes, mean of {len(folds)} networks")
         for (tail_size, alpha), area in areas.items():
             chosen = "  <- recommended" if (tail_size, alpha) == best else ""
             print(f"  --tail-size {tail_size:<4} --alpha {alpha:<3} {100 * area:6.2f}{chosen}")
-    print(json.dumps({m: [[*s, a] for s, a in areas.items()] for m, areas in means.items()}))
+    choices = variant_areas(folds)
+    print("\nchoices of dhr_openmax: the same, mean and each network")
+    for name, each in choices.items():
+        print(f"  {name:38} {100 * statistics.fmean(each):6.2f}  "
+              + " ".join(f"{100 * area:6.2f}" for area in each))  # fmt: skip
+    settings = {m: [[*s, a] for s, a in areas.items()] for m, areas in means.items()}
+    print(json.dumps({"settings": settings, "choices": choices}))
 
 
 if __name__ == "__main__":

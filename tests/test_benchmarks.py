@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 
+import ablation
 import numpy as np
 import pytest
 import splits
 import sweep
+from test_scripts import digits_net  # noqa: F401
 
+import compute_openmax
 from metrics import auroc, oscr
 from openmax import Activations
+
+RULE = compute_openmax.Rule("max", "euclidean", 20, 0)
 
 
 @pytest.mark.parametrize("protocol", splits.KNOWN)
@@ -100,18 +105,45 @@ def test_splits_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
         splits.main(["mnist", *flags])  # no images
 
 
-def test_sweep_recommends_what_separates_left_out_classes(monkeypatch):
+def test_sweep_recommends_what_separates_left_out_classes():
     rng = np.random.default_rng(0)
 
     def activations(count, label_of):
         labels = label_of(np.arange(count))
         logits = rng.normal(size=(count, 4)) + 8 * np.eye(4)[labels]
         latents = rng.random((count, 96))
-        return Activations(labels, logits, latents, latents)
+        return Activations(labels, logits, latents**2, latents)
 
-    folds = [[activations(240, lambda i: i % 4) for _ in range(3)] for _ in range(2)]
-    means = sweep.sweep(folds)
+    folds = [sweep.Fold(*(activations(240, lambda i: i % 4) for _ in range(3))) for _ in range(2)]
+    means = sweep.mean_areas(folds)
     assert set(means) == {"openmax", "crosr", "dhr_openmax"}
     assert {tail for tail, _ in means["openmax"]} == {5, 10, 20, 50}  # of 60 images a class
     assert {alpha for _, alpha in means["openmax"]} == {0, 1, 2, 3, 4}
     assert all(0.4 < area < 0.6 for areas in means.values() for area in areas.values())
+    choices = sweep.variant_areas(folds)
+    assert choices["dhr_openmax"] == pytest.approx(
+        [fold.area(compute_openmax.dhr_openmax(fold.train, fold.val, RULE)) for fold in folds]
+    )
+    assert len({tuple(areas) for areas in choices.values()}) == len(choices)  # each does something
+
+
+def test_sweep_runs_on_networks_that_leave_classes_out(digits_net, tmp_path, capsys):  # noqa: F811
+    sweep.main([str(digits_net), "--data-dir", str(tmp_path), "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.count("<- recommended") == 3
+    assert json.loads(out.splitlines()[-1])["choices"]["dhr_openmax"][0] > 0.5
+
+
+def test_ablation_starts_from_the_recorded_figures(capsys):
+    path = ablation.ROOT / "benchmarks" / "results" / "evaluate.json"
+    recorded = json.loads(path.read_text())["methods"]["dhr_openmax"]
+    ablation.main()
+    rows = capsys.readouterr().out.splitlines()
+    figures = [float(cell) for cell in rows[2].split()[1:]]
+    expected = [
+        100 * recorded[name][metric]
+        for name in ablation.UNKNOWN_SETS
+        for metric in ("auroc", "macro_f1")
+    ]
+    assert figures == pytest.approx(expected, abs=0.25)
+    assert len(rows) >= 11

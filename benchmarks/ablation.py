@@ -1,0 +1,98 @@
+"""What each choice of dhr_openmax is worth: the same network and images, one choice changed a row.
+
+    python benchmarks/ablation.py        # from the shipped activation vectors, seconds
+
+To read, not to choose by: the figures are of test images and unknown ones. The choices were made
+on known classes left out of a smaller network. Runs of other networks, recorded by
+`compute_openmax.py --json benchmarks/results/ablation/NAME.json`, follow as rows of their own.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from compute_openmax import shipped_activations
+from metrics import Scores, open_set_metrics, threshold_accepting
+from models import ACCEPTED_SHARE, fit_rule
+from openmax import Activations, DHROpenMax, OpenMax, Weibull, activation_vectors
+
+UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
+RECORDED = ROOT / "benchmarks" / "results" / "ablation"
+Score = Callable[[Activations], Scores]
+
+
+def variants(train: Activations, val: Activations) -> Iterator[tuple[str, Score]]:
+    """Each variant's name and its scores; the first is the rule as it is."""
+
+    def scored_by(rule: DHROpenMax, latents: str = "avg") -> Score:
+        def score(images: Activations) -> Scores:
+            decided = rule.decide(activation_vectors(images, latents))
+            return Scores(decided[:, 0], decided[:, 1:])
+
+        return score
+
+    def fitted(latents: str = "avg", tails_on: Activations = val) -> DHROpenMax:
+        vectors, held_out = (activation_vectors(s, latents) for s in (train, tails_on))
+        return DHROpenMax().fit(vectors, train.labels, held_out)
+
+    def with_openmax(alpha: int, distance: str) -> DHROpenMax:
+        rule = fit_rule(train, val)
+        rule.openmax_ = OpenMax(20, alpha, distance).fit(train.logits, train.labels)
+        return rule
+
+    def with_levels(*levels: int) -> DHROpenMax:
+        rule = fit_rule(train, val)
+        scale, shape, location = rule.weibull_
+        kept = np.isin(np.arange(rule.levels), levels)
+        rule.weibull_ = Weibull(np.where(kept, scale, np.inf), shape, location)  # no hazard
+        return rule
+
+    classes = train.logits.shape[1]
+    yield "dhr_openmax", scored_by(fit_rule(train, val))
+    yield "OpenMax on y alone, without latents", scored_by(with_levels())
+    for level in range(3):
+        yield f"latents of level {level + 1} alone", scored_by(with_levels(level))
+    yield "latents pooled by their maximum", scored_by(fitted("max"), "max")
+    yield "tails of latents from training images", scored_by(fitted(tails_on=train))
+    yield "euclidean distances on y", scored_by(with_openmax(classes, "euclidean"))
+    for alpha in (1, 3):
+        yield f"{alpha} top-ranked classes revised", scored_by(with_openmax(alpha, "mahalanobis"))
+
+
+def main() -> None:
+    checkpoint_hash = hashlib.sha256((ROOT / "dhr_net.pt").read_bytes()).hexdigest()
+    names = ("train", "val", "test_known", *UNKNOWN_SETS)
+    sets = shipped_activations(checkpoint_hash, names)
+    known = sets["test_known"]
+    print(f"{'':40}" + "".join(f"{name:>22}" for name in UNKNOWN_SETS))
+    print(f"{'in %':40}" + f"{'AUROC':>12}{'macro-F1':>10}" * len(UNKNOWN_SETS))
+
+    def print_row(name: str, figures: dict[str, dict[str, float]]) -> None:
+        cells = (
+            f"{100 * figures[unknown][metric]:{width}.1f}"
+            for unknown in UNKNOWN_SETS
+            for metric, width in (("auroc", 12), ("macro_f1", 10))
+        )
+        print(f"{name:40}" + "".join(cells))
+
+    for name, score in variants(sets["train"], sets["val"]):
+        threshold = threshold_accepting(score(sets["val"]).unknownness, ACCEPTED_SHARE)
+        figures = {
+            unknown: open_set_metrics(score(known), known.labels, score(sets[unknown]), threshold)
+            for unknown in UNKNOWN_SETS
+        }
+        print_row(name, figures)
+    for path in sorted(RECORDED.glob("*.json")):
+        recorded = json.loads(path.read_text())
+        print_row(f"network: {path.stem.replace('-', ' ')}", recorded["methods"]["dhr_openmax"])
+
+
+if __name__ == "__main__":
+    main()

@@ -235,6 +235,7 @@ def test_recogniser_gives_the_rules_probabilities(recogniser):
     assert Recogniser(model, rule)(images).detach().numpy() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.10's own
 def test_exported_recogniser_gives_the_same_answers(recogniser, tmp_path):
     model, rule, images = recogniser
     module = Recogniser(model, rule)

@@ -28,6 +28,19 @@ def test_readme_table_holds_the_recorded_figures(method):
     assert figures == [round(value, 1) for value in expected]
 
 
+@pytest.mark.parametrize("method", compute_openmax.METHODS)
+def test_table_of_splits_holds_the_recorded_figures(method):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "splits.json").read_text())
+    expected = [
+        [100 * value for value in recorded[protocol]["mean_and_std"][method]["auroc"]]
+        for protocol in ("cifar10", "cifar+10", "cifar+50")
+    ]
+    cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
+    assert [cell.strip() for cell in row.split("|")] == cells
+
+
 def test_recorded_run_is_of_the_shipped_checkpoint():
     digest = hashlib.sha256((ROOT / "dhr_net.pt").read_bytes()).hexdigest()
     assert RECORDED["checkpoint"]["sha256"] == digest

@@ -47,6 +47,7 @@ LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
 CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
 MAX_INFLATION = 20  # bytes that a .pt or .npz file may claim for each one it has; ours stay below 4
+FOLDER = 0x10  # MS-DOS's mark of a folder in a zip archive
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 MODEL_KEYS = {"model_state_dict", "model_config", "mean", "std"}
 RUN_KEYS = {
@@ -536,14 +537,18 @@ def refuse_damaged(path: Path) -> None:
     """Refuse a .pt or .npz file (both are zip archives) that is damaged or unpacks to far too much.
 
     Raises:
-        ValueError: it claims more than `MAX_INFLATION` times its size, or a checksum is wrong
-            (which torch.load would not notice).
+        ValueError: it claims more than `MAX_INFLATION` times its size, a checksum is wrong (which
+            torch.load would not notice), or a member is marked as a folder (of which torch.load
+            reads nothing, leaving the tensor as memory happens to be).
         zipfile.BadZipFile: it is no zip archive.
     """
     with zipfile.ZipFile(path) as archive:
-        claimed = sum(member.file_size for member in archive.infolist())
+        members = archive.infolist()
+        claimed = sum(member.file_size for member in members)
         if claimed > MAX_INFLATION * path.stat().st_size:
             raise ValueError(f"it claims to hold {claimed:,} bytes")
+        if any(member.is_dir() or member.external_attr & FOLDER for member in members):
+            raise ValueError("it holds a folder")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged!a} in it is damaged")
 

@@ -103,6 +103,20 @@ def test_checkpoint_with_less_than_it_claims_is_refused(tmp_path):
     assert_refused(path, "record size")
 
 
+def test_checkpoint_with_a_tensor_marked_as_a_folder_is_refused(tmp_path):
+    """PyTorch reads nothing of it: its weights would be whatever is in memory."""
+    path = tmp_path / "net.pt"
+    save_net(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0x10 * name.endswith("data/5")
+            archive.writestr(member, content)
+    assert_refused(path, "holds a folder")
+
+
 def test_compressed_bombs_are_refused(tmp_path, capsys):
     path = tmp_path / "net.pt"
     torch.save({"model_state_dict": torch.zeros(10**7)}, path)

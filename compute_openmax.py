@@ -283,38 +283,34 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
     Raises:
         ImagesUnavailable: they belong to another checkpoint, lack one of the sets, or are damaged.
     """
-    if not SHIPPED_ACTIVATIONS.exists():
-        raise ImagesUnavailable("no activation vectors ship with the checkpoint")
+
+    def unpack(name: str, field: str) -> np.ndarray:
+        array = stored[f"{name}/{field}"]
+        if field == "labels":
+            return array.astype(np.int64)
+        if field == "logits":
+            return array.astype(np.float32)
+        low, high = stored[f"range/{field}"]
+        return low + array * ((high - low) / 255)
+
     try:
-        return read_shipped(checkpoint_hash, names)
+        refuse_damaged(SHIPPED_ACTIVATIONS)
+        with open(SHIPPED_ACTIVATIONS, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            if str(stored["checkpoint"]) != checkpoint_hash:
+                raise ImagesUnavailable("the activation vectors here are of another checkpoint")
+            missing = [name for name in names if f"{name}/labels" not in stored]
+            if missing:
+                raise ImagesUnavailable(f"no activation vectors ship for {', '.join(missing)}")
+            return {
+                name: Activations(*(unpack(name, field) for field in Activations._fields))
+                for name in names
+            }
     except ImagesUnavailable:
         raise
+    except FileNotFoundError as error:
+        raise ImagesUnavailable("no activation vectors ship with the checkpoint") from error
     except Exception as error:  # a damaged file can fail in any way
         raise ImagesUnavailable(f"{SHIPPED_ACTIVATIONS} is damaged ({error})") from error
-
-
-def read_shipped(checkpoint_hash: str, names: Sequence[str]) -> dict[str, Activations]:
-    refuse_damaged(SHIPPED_ACTIVATIONS)
-    with open(SHIPPED_ACTIVATIONS, "rb") as file, np.load(file, allow_pickle=False) as stored:
-        if str(stored["checkpoint"]) != checkpoint_hash:
-            raise ImagesUnavailable("the shipped activation vectors belong to another checkpoint")
-        missing = [name for name in names if f"{name}/labels" not in stored]
-        if missing:
-            raise ImagesUnavailable(f"no activation vectors ship for {', '.join(missing)}")
-
-        def unpack(name: str, field: str) -> np.ndarray:
-            array = stored[f"{name}/{field}"]
-            if field == "labels":
-                return array.astype(np.int64)
-            if field == "logits":
-                return array.astype(np.float32)
-            low, high = stored[f"range/{field}"]
-            return low + array * ((high - low) / 255)
-
-        return {
-            name: Activations(*(unpack(name, field) for field in Activations._fields))
-            for name in names
-        }
 
 
 def measure(

@@ -1,6 +1,6 @@
 """Choose the open-set rule's settings without unknown images, on networks that leave classes out.
 
-    python benchmarks/sweep.py data/splits/cifar10-*.pt   # the networks of splits.py
+    python benchmarks/sweep.py data/splits/cifar10-?,?,?,?,?,?.pt  # the networks of splits.py
     python benchmarks/sweep.py first.pt second.pt         # or of train_dhr_nn.py --known-classes
 
 Validation images of the classes that a network was not trained on stand in for unknown images,

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -80,15 +81,22 @@ def gflop(function: Callable[[], object]) -> float:
 
 
 def in_process(*command: object) -> tuple[float, float]:
-    """Seconds and peak memory in GB of a fresh Python process; what it prints is dropped."""
-    start = time.perf_counter()
+    """Seconds and peak memory in GB of a fresh Python process; what it prints is dropped.
+
+    The peak is read while it runs: what the system reports in the end is no less than what this
+    process held when it started the other.
+    """
+    start, kilobytes = time.perf_counter(), 0
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        kilobytes = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, kilobytes])[1])
+        time.sleep(0.05)
+    if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+    return time.perf_counter() - start, kilobytes / 1e6
 
 
 @cache

@@ -30,7 +30,7 @@ def test_readme_table_holds_the_recorded_figures(method):
 
 @pytest.mark.parametrize("method", compute_openmax.METHODS)
 def test_table_of_splits_holds_the_recorded_figures(method):
-    text = (ROOT / "benchmarks" / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("standard splits")[1]
     row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)
     recorded = json.loads((ROOT / "benchmarks" / "results" / "splits.json").read_text())
     expected = [

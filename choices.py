@@ -3,7 +3,7 @@ alone, bad arguments and --help are answered without the seconds that importing 
 
 import argparse
 
-ARCHITECTURES = ("fast", "vgg")
+ARCHITECTURES = ("fast", "wide", "vgg")
 DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
 KNOWN_SPLITS = ("train", "val", "test_known")

@@ -43,6 +43,7 @@ from openmax import (
 if TYPE_CHECKING:
     from open_set_data import ImageSet
 
+WIDTHS = {"fast": [96, 320, 320], "wide": [128, 384, 384], "vgg": [64, 128, 256]}
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
 CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
@@ -80,7 +81,8 @@ class DHRNet(nn.Module):
     normalised image is negative half of the time), logits have no ReLU, dropout is off in `eval()`.
 
     `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
-    patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
+    patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide. `wide`
+    is the same with more channels, for longer training.
 
     Args:
         num_classes: number of known classes K.
@@ -127,8 +129,9 @@ class DHRNet(nn.Module):
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
 
+        widths = WIDTHS[arch]
         if arch == "vgg":
-            widths = lateral = [64, 128, 256]
+            lateral = widths
             sizes = [image_size // 2**level for level in range(4)]
             self.stem = nn.Sequential()
             inputs = [in_channels, *widths[:-1]]
@@ -140,7 +143,7 @@ class DHRNet(nn.Module):
                 nn.Linear(1024, num_classes),
             )
         else:
-            widths, lateral = [96, 320, 320], [LATENT_CHANNELS] * 3
+            lateral = [LATENT_CHANNELS] * 3
             sizes = [image_size] + [(image_size - 1) // 2**level for level in (1, 2, 3)]
             whitening = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)
             whitening.weight.requires_grad = False

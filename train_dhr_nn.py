@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--known-classes", default="", metavar="LIST",
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
-        help="vgg is the published network (default fast)")
+        help="vgg is the published network; wide has more channels than fast (default fast)")
     add("--epochs", type=int, default=15, metavar="N",
         help="passes over the training images, 1 or more (default 15)")
     add("--batch-size", type=int, default=1000, metavar="N",

@@ -5,6 +5,7 @@ import argparse
 
 ARCHITECTURES = ("fast", "wide", "vgg")
 DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
+LOSSES = ("softmax", "one-vs-rest")
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
 KNOWN_SPLITS = ("train", "val", "test_known")
 UNKNOWN_SETS = (

@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from choices import ARCHITECTURES, KNOWN_SETS, command_line
+from choices import ARCHITECTURES, KNOWN_SETS, LOSSES, command_line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -36,6 +36,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="images a step, 2 or more (default 1000)")
     add("--lr", type=float, default=0.2, metavar="RATE",
         help="peak rate of Muon on the encoder, above 0; AdamW's rates follow it (default 0.2)")
+    add("--loss", choices=LOSSES, default="softmax",
+        help="cross-entropy of the softmax, as published, or of every logit's sigmoid "
+        "(default softmax)")
     add("--reconstruction-weight", type=float, default=1.0, metavar="W",
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
     add("--seed", type=int, default=0, metavar="N",
@@ -119,8 +122,8 @@ TAIL_SIZE = 20  # of the open-set rule; fewer where there are fewer validation i
 CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
-    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "reconstruction_weight",
-    "seed",
+    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "loss",
+    "reconstruction_weight", "seed",
 )  # fmt: skip
 
 
@@ -235,18 +238,35 @@ def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Ge
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
+
+    The softmax leaves open where the logits lie along (1, ..., 1); this loss pins each of them, so
+    that distances between activation vectors mean something to OpenMax.
+
+    Args:
+        logits: [N, K].
+        labels: [N] int64.
+    """
+    targets = F.one_hot(labels, logits.shape[1]).float()
+    entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    return entropies.sum(dim=1).mean()
+
+
 def training_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     images: Tensor,
     labels: Tensor,
+    loss: str,
     reconstruction_weight: float,
     autocast: torch.autocast,
 ) -> Tensor:
     """Take one step on a batch; return its [cross-entropy, squared error, accuracy]."""
+    cross_entropy_of = {"one-vs-rest": one_vs_rest, "softmax": F.cross_entropy}[loss]
     with autocast:
         logits, reconstruction, _ = model(images)
-        cross_entropy = F.cross_entropy(logits, labels)
+        cross_entropy = cross_entropy_of(logits, labels)
         plain_model: Any = getattr(model, "module", model)  # what DistributedDataParallel wraps
         mse = F.mse_loss(reconstruction, plain_model.normalize(images))
     (cross_entropy + reconstruction_weight * mse).backward()
@@ -423,9 +443,9 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             batch, target = augment(images, index, mirror[index], generator), labels[index]
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
-            weight = args.reconstruction_weight
+            terms = args.loss, args.reconstruction_weight
             part = batch[mine], target[mine]
-            history.append(training_step(network, optimizers, *part, weight, autocast))
+            history.append(training_step(network, optimizers, *part, *terms, autocast))
             if args.dry_run:
                 print("dry run: took one step, wrote nothing")
                 return

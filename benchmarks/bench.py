@@ -114,7 +114,7 @@ def network_rates(arch: str) -> dict[str, float]:
         model.train()
         index = torch.randperm(5000, generator=generator)[:BATCH]
         batch = augment(pool, index, index % 2 == 0, generator)
-        training_step(model, optimizers, batch, labels[index], 1.0, autocast)
+        training_step(model, optimizers, batch, labels[index], "softmax", 1.0, autocast)
 
     def extract() -> None:
         model.eval()
@@ -124,7 +124,7 @@ def network_rates(arch: str) -> dict[str, float]:
     side = 4096
     a, b = torch.randn(2, side, side).to(torch.bfloat16 if autocast._enabled else torch.float32)
     few = pool[:8].permute(0, 3, 1, 2), labels[:8]
-    train_gflop = gflop(lambda: training_step(model, [], *few, 1.0, autocast)) / 8
+    train_gflop = gflop(lambda: training_step(model, [], *few, "softmax", 1.0, autocast)) / 8
     extract_gflop = gflop(extract) / EXTRACTED
     matrix, train, extraction = median_seconds(lambda: a @ b, step, extract)
     return {

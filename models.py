@@ -407,6 +407,7 @@ class Recogniser(nn.Module):
     """
 
     means: Tensor
+    whitening: Tensor
     latent_means: Tensor
     latent_whitening: Tensor
     tails: Tensor
@@ -416,7 +417,7 @@ class Recogniser(nn.Module):
         super().__init__()
         self.model, self.alpha, self.offset = model, rule.openmax_.alpha, float(rule.offset_)
         arrays = {
-            "means": rule.openmax_.mean_activations_,
+            "means": rule.openmax_.mean_activations_, "whitening": rule.openmax_.whitening_,
             "latent_means": np.stack(rule.latent_means_),
             "latent_whitening": np.stack(rule.latent_whitening_),
             "tails": np.stack(rule.openmax_.weibull_), "latent_tails": np.stack(rule.weibull_),
@@ -427,7 +428,11 @@ class Recogniser(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, K + 1], the unknown class last, of images as for `DHRNet`."""
         logits, _, latents = (part.double() for part in self.model._chunk_activations(images))
-        distances = torch.cdist(logits, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(
+            logits @ self.whitening,
+            self.means @ self.whitening,
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
         not_member = -torch.expm1(-_hazard(distances, self.tails))
         rank = logits.argsort(dim=1, descending=True).argsort(dim=1)
         not_member = not_member * (self.alpha - rank).clamp_min(0) / self.alpha

@@ -151,7 +151,7 @@ class OpenMax:
 class DHROpenMax:
     """This project's rule: OpenMax on the logits, corrected by what the latents of each level say.
 
-    OpenMax runs on y, in the papers' form with all classes ranked. Then, for each level l, the
+    OpenMax runs on y with Mahalanobis distances and all classes ranked. Then, for each level l, the
     Mahalanobis distance of the average-pooled latent z_l to its mean over the predicted class gives
     w_l, from one Weibull a level fitted on held-out images of known classes. A known image lies
     that far out with probability 1 - w_l, so the odds of unknown are multiplied by 1 / (1 - w_l):
@@ -193,7 +193,7 @@ class DHROpenMax:
                 f"and {self.levels} equal levels of latents"
             )
         logits = activations[:, :num_classes]
-        self.openmax_ = OpenMax(self.tail_size, num_classes).fit(logits, labels)
+        self.openmax_ = OpenMax(self.tail_size, num_classes, "mahalanobis").fit(logits, labels)
         self.columns_ = activations.shape[1]
         groups = correctly_classified(activations, labels, num_classes)
         self.latent_means_, self.latent_whitening_ = [], []

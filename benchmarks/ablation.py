@@ -57,9 +57,9 @@ def variants(train: Activations, val: Activations) -> Iterator[tuple[str, Scorer
         yield f"latents of level {level + 1} alone", scored_by(with_levels(level))
     yield "latents pooled by their maximum", scored_by(fitted("max"), "max")
     yield "tails of latents from training images", scored_by(fitted(tails_on=train))
-    yield "Mahalanobis distances on y", scored_by(with_openmax(classes, "mahalanobis"))
+    yield "euclidean distances on y", scored_by(with_openmax(classes, "euclidean"))
     for alpha in (1, 3):
-        yield f"{alpha} top-ranked classes revised", scored_by(with_openmax(alpha, "euclidean"))
+        yield f"{alpha} top-ranked classes revised", scored_by(with_openmax(alpha, "mahalanobis"))
 
 
 def main() -> None:

@@ -237,7 +237,7 @@ def test_dhr_openmax_equals_its_formula():
     """log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset."""
     (train, labels), (held_out, _), (images, _) = map(make_levels, range(3))
     model = DHROpenMax().fit(train, labels, held_out)
-    openmax_y = OpenMax(20, alpha=6).fit(train[:, :6], labels)
+    openmax_y = OpenMax(20, alpha=6, distance="mahalanobis").fit(train[:, :6], labels)
     correct = train[:, :6].argmax(axis=1) == labels
 
     def log_odds(rows):

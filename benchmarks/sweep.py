@@ -2,9 +2,11 @@
 
     python benchmarks/sweep.py data/splits/cifar10-?,?,?,?,?,?.pt  # the networks of splits.py
     python benchmarks/sweep.py first.pt second.pt         # or of train_dhr_nn.py --known-classes
+    python benchmarks/sweep.py dhr_net.pt                 # or one that knows all classes
 
 Validation images of the classes that a network was not trained on stand in for unknown images,
-those of its own classes are known; no test image is touched. Prints the mean AUROC over the
+those of its own classes are known; no test image is touched. Where a network knows all classes, its
+own validation images stand in, distorted until they show none. Prints the mean AUROC over the
 networks of every tail size and alpha, a recommendation, all methods side by side, what each choice
 of dhr_openmax is worth (the variants of ablation.py), and one JSON line.
 """
@@ -17,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,15 +30,15 @@ from ablation import variants
 from compute_openmax import METHODS, Rule, Scorer
 from metrics import auroc
 from models import extract, load_checkpoint, prepare_device
-from open_set_data import load_known
-from openmax import Activations
+from open_set_data import ImageSet, fit_to, load_known
+from openmax import UNKNOWN, Activations
 
 TAIL_SIZES = (5, 10, 20, 50, 100)
 ALPHAS = (0, 1, 2, 3, 5)  # and all classes; dhr_openmax takes none
 
 
 class Fold(NamedTuple):
-    """Activations of train and val of the classes a network knows, and val of those left out."""
+    """Activations of train and val of the classes a network knows, and of the stand-ins."""
 
     train: Activations
     val: Activations
@@ -52,17 +55,32 @@ def load_fold(checkpoint: Path, data_dir: Path, device_name: str) -> Fold:
     dataset, known_classes = meta["train_args"]["dataset"], meta["train_args"]["known_classes"]
     known, everything = (load_known(dataset, data_dir, c) for c in (known_classes, ""))
     left_out = [str(i) for i, name in enumerate(everything.classes) if name not in known.classes]
-    if len(left_out) < 2:
-        raise SystemExit(f"{checkpoint} leaves out {len(left_out)} classes; expected 2 or more")
-    others = load_known(dataset, data_dir, ",".join(left_out))
+    if len(left_out) == 1:
+        raise SystemExit(f"{checkpoint} leaves out one class; expected none or several")
+    stand_ins = distorted(known.val.images)
+    if left_out:
+        stand_ins = load_known(dataset, data_dir, ",".join(left_out)).val.images
+    others = ImageSet(stand_ins, np.full(len(stand_ins), UNKNOWN))
     return Fold(
         *(
             extract(model, images, f"{checkpoint.name} {title}", 500, device, autocast)
             for title, images in (
-                ("train", known.train), ("val", known.val), ("left out", others.val)
+                ("train", known.train), ("val", known.val), ("stand-ins", others)
             )
         )
     )  # fmt: skip
+
+
+def distorted(images: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, C] four times: their middle enlarged, mixed in pairs, turned by a right
+    angle, and with quarters exchanged; [4 N, H, W, C]."""
+    size, channels = images.shape[2:]
+    middle = images[:, size // 4 : -size // 4, size // 4 : -size // 4]
+    partners = np.random.default_rng(0).permutation(images)
+    mixed = ((images.astype(np.uint16) + partners) // 2).astype(np.uint8)
+    exchanged = np.roll(images, (size // 2, size // 2), axis=(1, 2))
+    turned = np.rot90(images, axes=(1, 2))
+    return np.concatenate([fit_to(middle, size, channels), mixed, turned, exchanged])
 
 
 def mean_areas(folds: list[Fold]) -> dict[str, dict[tuple[int, int], float]]:
@@ -111,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     means = mean_areas(folds)
     for method, areas in means.items():
         best = max(areas, key=lambda setting: areas[setting])
-        print(f"\n{method}: AUROC in % of left-out classes, mean of {len(folds)} networks")
+        print(f"\n{method}: AUROC in % of stand-ins, mean of {len(folds)} networks")
         for (tail_size, alpha), area in areas.items():
             chosen = "  <- recommended" if (tail_size, alpha) == best else ""
             print(f"  --tail-size {tail_size:<4} --alpha {alpha:<3} {100 * area:6.2f}{chosen}")

@@ -134,6 +134,15 @@ def test_sweep_runs_on_networks_that_leave_classes_out(digits_net, tmp_path, cap
     assert json.loads(out.splitlines()[-1])["choices"]["dhr_openmax"][0] > 0.5
 
 
+def test_stand_ins_are_four_distortions_of_each_image():
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    enlarged, mixed, turned, exchanged = np.split(sweep.distorted(images), 4)
+    assert abs(enlarged[:, 15:17, 15:17].mean() - images[:, 15:17, 15:17].mean()) < 30
+    assert mixed.mean() == pytest.approx(images.mean(), abs=1)
+    assert (turned[:, 0, 0] == images[:, 0, -1]).all()
+    assert (exchanged[:, :16, :16] == images[:, 16:, 16:]).all()
+
+
 def test_ablation_starts_from_the_recorded_figures(capsys):
     path = ablation.ROOT / "benchmarks" / "results" / "evaluate.json"
     recorded = json.loads(path.read_text())["methods"]["dhr_openmax"]

@@ -263,7 +263,7 @@ def training_step(
     autocast: torch.autocast,
 ) -> Tensor:
     """Take one step on a batch; return its [cross-entropy, squared error, accuracy]."""
-    cross_entropy_of = {"one-vs-rest": one_vs_rest, "softmax": F.cross_entropy}[loss]
+    cross_entropy_of = one_vs_rest if loss == "one-vs-rest" else F.cross_entropy
     with autocast:
         logits, reconstruction, _ = model(images)
         cross_entropy = cross_entropy_of(logits, labels)

@@ -360,7 +360,7 @@ def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any
 def draw_histogram(known: Scores, unknown: Scores, threshold: float) -> Figure:
     axes = one_axes("unknownness (log odds); the outer bars hold all beyond", "images (%)")
     low, high = np.percentile(np.concatenate([known.unknownness, unknown.unknownness]), (0.5, 90))
-    bins = np.linspace(low, max(high, 2 * threshold - low), 50)
+    bins = np.linspace(low, max(high, threshold + (threshold - low) / 4), 50)
     for scores, label, colour, hatch in (
         (known, "known", KNOWN_COLOUR, ""),
         (unknown, "unknown", UNKNOWN_COLOUR, "///"),

@@ -241,8 +241,7 @@ def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Ge
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
 
-    The softmax leaves open where the logits lie along (1, ..., 1); this loss pins each of them, so
-    that distances between activation vectors mean something to OpenMax.
+    The softmax leaves open where the logits lie along (1, ..., 1); this loss pins each of them.
 
     Args:
         logits: [N, K].

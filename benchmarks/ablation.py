@@ -18,25 +18,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from ship_activations import UNKNOWN_SETS
 
-from compute_openmax import Scorer, shipped_activations
-from metrics import Scores, open_set_metrics, threshold_accepting
+from compute_openmax import Scorer, rule_scorer, shipped_activations
+from metrics import open_set_metrics, threshold_accepting
 from models import ACCEPTED_SHARE, fit_rule
-from openmax import Activations, DHROpenMax, OpenMax, Weibull, activation_vectors
+from openmax import Activations, DHROpenMax, OpenMax, Weibull
 
 
 def variants(train: Activations, val: Activations) -> Iterator[tuple[str, Scorer]]:
     """Each variant's name and its scores; the first is the rule as it is."""
 
-    def scored_by(rule: DHROpenMax, latents: str = "avg") -> Scorer:
-        def score(images: Activations) -> Scores:
-            decided = rule.decide(activation_vectors(images, latents))
-            return Scores(decided[:, 0], decided[:, 1:])
-
-        return score
-
-    def fitted(latents: str = "avg", tails_on: Activations = val) -> DHROpenMax:
-        vectors, held_out = (activation_vectors(s, latents) for s in (train, tails_on))
-        return DHROpenMax().fit(vectors, train.labels, held_out)
+    def with_maxima(images: Activations) -> Activations:
+        return images._replace(latents_avg=images.latents_max)
 
     def with_openmax(alpha: int, distance: str) -> DHROpenMax:
         rule = fit_rule(train, val)
@@ -51,15 +43,16 @@ def variants(train: Activations, val: Activations) -> Iterator[tuple[str, Scorer
         return rule
 
     classes = train.logits.shape[1]
-    yield "dhr_openmax", scored_by(fit_rule(train, val))
-    yield "OpenMax on y alone, without latents", scored_by(with_levels())
+    by_maxima = rule_scorer(fit_rule(with_maxima(train), with_maxima(val)))
+    yield "dhr_openmax", rule_scorer(fit_rule(train, val))
+    yield "OpenMax on y alone, without latents", rule_scorer(with_levels())
     for level in range(3):
-        yield f"latents of level {level + 1} alone", scored_by(with_levels(level))
-    yield "latents pooled by their maximum", scored_by(fitted("max"), "max")
-    yield "tails of latents from training images", scored_by(fitted(tails_on=train))
-    yield "euclidean distances on y", scored_by(with_openmax(classes, "euclidean"))
+        yield f"latents of level {level + 1} alone", rule_scorer(with_levels(level))
+    yield "latents pooled by their maximum", lambda images: by_maxima(with_maxima(images))
+    yield "tails of latents from training images", rule_scorer(fit_rule(train, train))
+    yield "euclidean distances on y", rule_scorer(with_openmax(classes, "euclidean"))
     for alpha in (1, 3):
-        yield f"{alpha} top-ranked classes revised", scored_by(with_openmax(alpha, "mahalanobis"))
+        yield f"{alpha} top-ranked classes revised", rule_scorer(with_openmax(alpha, "mahalanobis"))
 
 
 def main() -> None:

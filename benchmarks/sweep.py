@@ -57,9 +57,10 @@ def load_fold(checkpoint: Path, data_dir: Path, device_name: str) -> Fold:
     left_out = [str(i) for i, name in enumerate(everything.classes) if name not in known.classes]
     if len(left_out) == 1:
         raise SystemExit(f"{checkpoint} leaves out one class; expected none or several")
-    stand_ins = distorted(known.val.images)
     if left_out:
         stand_ins = load_known(dataset, data_dir, ",".join(left_out)).val.images
+    else:
+        stand_ins = distorted(known.val.images)
     others = ImageSet(stand_ins, np.full(len(stand_ins), UNKNOWN))
     return Fold(
         *(

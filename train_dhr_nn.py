@@ -79,6 +79,7 @@ import copy
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -368,6 +369,59 @@ def finish(
     print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(out))}")
 
 
+def check_batch_size(batch_size: int, count: int) -> None:
+    """Refuse a batch of more than all images, or one that the processes cannot share.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if batch_size > count:
+        raise ValueError(f"--batch-size is {batch_size}; expected at most {count}, all images")
+    if batch_size % world_size() or batch_size == world_size():
+        raise ValueError(
+            f"--batch-size is {batch_size}; expected a multiple of {world_size()}, the number "
+            "of processes, with at least two images each"
+        )
+
+
+def batches(
+    images: Tensor, labels: Tensor, batch_size: int, mirrored: bool, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each batch of an epoch, augmented, with its labels.
+
+    All that is random here is seeded anew each epoch, so that a resumed run draws what an
+    uninterrupted one would have. Every image is mirrored every other epoch, as in airbench.
+
+    Args:
+        images: [N, H, W, C] uint8.
+        labels: [N] int64.
+        batch_size: of all processes together; what does not fill a batch is left out.
+        mirrored: False mirrors no image.
+        seed: of the run.
+        epoch: from 0.
+    """
+    count, share = len(images), batch_size // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    torch.manual_seed((seed * 100_003 + epoch) * world_size() + rank())  # of dropout
+    generator = torch.Generator(images.device).manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator, device=images.device)
+    mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
+    for index in order[: count // batch_size * batch_size].split(batch_size):
+        batch = augment(images, index, mirror[index], generator)
+        yield batch[mine], labels[index][mine]
+
+
+def broken_step(losses: Tensor, model: DHRNet) -> int:
+    """First of the steps [S, 3] with a loss that is not finite, or the last where weights are not;
+    0 where all is well."""
+    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad_steps):
+        return 1 + int(bad_steps[0])
+    finite = all(weight.isfinite().all() for weight in model.state_dict().values())
+    return 0 if finite else len(losses)
+
+
 def train(args: argparse.Namespace, partial: Path) -> None:
     if not rank():
         for path in (args.out, partial):
@@ -383,31 +437,20 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     images = torch.from_numpy(data.train.images).to(device)
     labels = torch.from_numpy(data.train.labels).to(device)
     count, size, _, channels = images.shape
-    if args.batch_size > count:
-        raise ValueError(f"--batch-size is {args.batch_size}; expected at most {count}, all images")
-    if args.batch_size % world_size() or args.batch_size == world_size():
-        raise ValueError(
-            f"--batch-size is {args.batch_size}; expected a multiple of {world_size()}, the number "
-            "of processes, with at least two images each"
-        )
-    share = args.batch_size // world_size()
-    mine = slice(rank() * share, (rank() + 1) * share)
-    first_mirror = torch.rand(count, generator=torch.Generator().manual_seed(args.seed)) < 0.5
-    first_mirror = first_mirror.to(device)
+    check_batch_size(args.batch_size, count)
 
+    # Network and optimisers
+    if not args.resume:
+        torch.manual_seed(args.seed)
+        mirrored = args.dataset not in NOT_MIRRORED
+        model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
+        some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
+        model.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     fits = {"num_classes": len(data.classes), "in_channels": channels, "image_size": size}
     if args.resume and not (
         fits.items() <= model.config.items() and saved["known_classes"] == list(data.classes)
     ):
         raise ValueError(f"{args.dataset} is not what {partial} was trained on: has it changed?")
-
-    # Network and optimisers
-    torch.manual_seed(args.seed)
-    if not args.resume:
-        mirrored = args.dataset not in NOT_MIRRORED
-        model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
-        some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
-        model.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     model.to(device).to(memory_format=torch.channels_last)
     network = replicated(model)
     optimizers = build_optimizers(model, args.lr)
@@ -426,33 +469,25 @@ def train(args: argparse.Namespace, partial: Path) -> None:
 
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
-        # Seeded anew each epoch, so that a resumed run draws what an uninterrupted one would have.
-        torch.manual_seed((args.seed * 100_003 + epoch) * world_size() + rank())
-        generator = torch.Generator(device).manual_seed(args.seed * 100_003 + epoch)
-        order = torch.randperm(count, generator=generator, device=device)
-        # Every image is mirrored every other epoch, as in airbench, or never.
-        mirror = (first_mirror ^ (epoch % 2 == 1)) & model.config["mirrored"]
         model.train()
         history = []
-        for step in tqdm(
-            range(steps), f"epoch {epoch + 1}", unit="step", leave=False, disable=rank() > 0
-        ):
-            rate = one_cycle(epoch * steps + step, args.epochs * steps)
-            index = order[step * args.batch_size : (step + 1) * args.batch_size]
-            batch, target = augment(images, index, mirror[index], generator), labels[index]
+        draws = args.batch_size, model.config["mirrored"], args.seed, epoch
+        bar = tqdm(
+            batches(images, labels, *draws), f"epoch {epoch + 1}", steps, unit="step", leave=False,
+            disable=rank() > 0,
+        )  # fmt: skip
+        for step, (batch, target) in enumerate(bar, epoch * steps):
+            rate = one_cycle(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
             terms = args.loss, args.reconstruction_weight
-            part = batch[mine], target[mine]
-            history.append(training_step(network, optimizers, *part, *terms, autocast))
+            history.append(training_step(network, optimizers, batch, target, *terms, autocast))
             if args.dry_run:
                 print("dry run: took one step, wrote nothing")
                 return
         seconds = time.perf_counter() - start
         losses = average(torch.stack(history).double().cpu())
-        bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-        if len(bad_steps) or not all(w.isfinite().all() for w in model.state_dict().values()):
-            bad_step = 1 + int(bad_steps[0]) if len(bad_steps) else steps  # the last broke weights
+        if bad_step := broken_step(losses, model):
             raise ValueError(
                 f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
                 + (f" ({partial} holds epoch {epoch})" if epoch else "")

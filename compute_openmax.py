@@ -72,7 +72,8 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -143,6 +144,7 @@ class Rule(NamedTuple):
 
 # A method learns from training and validation images of known classes and returns its scoring rule.
 Scorer = Callable[[Activations], Scores]
+Method = Callable[[Activations, Activations, Rule], Scorer]
 
 
 def msp(train: Activations, val: Activations, rule: Rule) -> Scorer:
@@ -199,7 +201,7 @@ def rule_scorer(model: DHROpenMax) -> Scorer:
     return score
 
 
-METHODS: dict[str, Callable[[Activations, Activations, Rule], Scorer]] = {
+METHODS: dict[str, Method] = {
     "msp": msp,
     "max_logit": max_logit,
     "openmax": openmax,
@@ -311,6 +313,18 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
         raise ImagesUnavailable("no activation vectors ship with the checkpoint") from error
     except Exception as error:  # a damaged file can fail in any way
         raise ImagesUnavailable(f"{SHIPPED_ACTIVATIONS} is damaged ({error})") from error
+
+
+def fitted(
+    methods: dict[str, Method], train: Activations, val: Activations, rule: Rule
+) -> tuple[dict[str, Scorer], dict[str, float]]:
+    """The scoring rule of each method, and the threshold that accepts 95 % of validation images."""
+    scorers = {name: method(train, val, rule) for name, method in methods.items()}
+    thresholds = {
+        name: threshold_accepting(scorer(val).unknownness, ACCEPTED_SHARE)
+        for name, scorer in scorers.items()
+    }
+    return scorers, thresholds
 
 
 def measure(
@@ -427,113 +441,108 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     print(f"\nwrote {path}")
 
 
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
 def run(args: argparse.Namespace) -> None:
-    clock = [time.perf_counter()]
-
-    def lap() -> float:
-        clock.append(time.perf_counter())
-        return clock[-1] - clock[-2]
-
     if args.report and not rank():
         args.report.mkdir(parents=True, exist_ok=True)
     for path in (args.json, args.csv, args.report and args.report / "report.html"):
         if path and not rank():
             try_writing(path, 2**20)
+    seconds: dict[str, float] = {}
 
-    # The network
-    device, autocast = prepare_device(args.device)
-    model, meta = load_checkpoint(args.checkpoint)
-    stored_rule = unpack_rule(model, meta) if args.images and "open_set_rule" in meta else None
-    model.to(device).to(memory_format=torch.channels_last)
-    checkpoint_hash = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-    classes, config = meta["known_classes"], meta["model_config"]
-    print(
-        f"{args.checkpoint}: {config['arch']} DHR network of {len(classes)} classes, "
-        f"epoch {meta['epoch']}, validation accuracy {100 * meta['val_accuracy']:.2f} %"
-    )
-    if args.images and not stored_rule:
-        print("no open-set rule is in it: fitting one to its training and validation images")
-    if WEIBULL_ENGINE != "libmr":
-        print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
+    # The network, and the images to fit, to choose thresholds and to score
+    with timed(seconds, "load"):
+        device, autocast = prepare_device(args.device)
+        model, meta = load_checkpoint(args.checkpoint)
+        stored_rule = unpack_rule(model, meta) if args.images and "open_set_rule" in meta else None
+        model.to(device).to(memory_format=torch.channels_last)
+        checkpoint_hash = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+        classes, config = meta["known_classes"], meta["model_config"]
+        print(
+            f"{args.checkpoint}: {config['arch']} DHR network of {len(classes)} classes, "
+            f"epoch {meta['epoch']}, validation accuracy {100 * meta['val_accuracy']:.2f} %"
+        )
+        if args.images and not stored_rule:
+            print("no open-set rule is in it: fitting one to its training and validation images")
+        if WEIBULL_ENGINE != "libmr":
+            print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
+        names = [] if stored_rule else ["train", "val"]
+        if not args.images:
+            left_out = meta["train_args"]["known_classes"]
+            default = HELD_OUT_CLASSES if left_out else "tiny-imagenet-crop"
+            names += ["test_known", *dict.fromkeys(args.unknown or [default])]
+        image_sets: dict[str, ImageSet] = {}
+        sets: dict[str, Activations] = {}
+        try:
+            image_sets = first_process_first(
+                lambda: load_image_sets(meta, names, args.data_dir, args.seed)
+            )
+        except ImagesUnavailable as error:
+            try:
+                sets = shipped_activations(checkpoint_hash, names)
+            except ImagesUnavailable as also:
+                raise ImagesUnavailable(f"{error}; and {also}") from error
+            print(f"{error}.\nUsing the activation vectors that ship with the checkpoint.")
+        keep_freed_memory()
+    if args.dry_run:
+        for name, found in (sets or image_sets).items():
+            print(f"{name}: {len(found.labels):,} images")
+        return
 
-    # Activation vectors of the image sets
-    names = [] if stored_rule else ["train", "val"]
-    if not args.images:
-        default = HELD_OUT_CLASSES if meta["train_args"]["known_classes"] else "tiny-imagenet-crop"
-        names += ["test_known", *dict.fromkeys(args.unknown or [default])]
+    # Activation vectors
+    origin = "shipped" if sets else "extracted"
     extract_set = partial(
         extract, model, batch_size=args.batch_size, device=device, autocast=autocast
     )
-    seconds: dict[str, float] = {}
-    image_sets: dict[str, ImageSet] = {}
-    try:
-        image_sets = first_process_first(
-            lambda: load_image_sets(meta, names, args.data_dir, args.seed)
-        )
-        keep_freed_memory()
-        seconds["load"] = lap()
-        if args.dry_run:
-            for name, images in image_sets.items():
-                print(f"{name}: {len(images.labels):,} images")
-            return
+    with timed(seconds, "extract"):
         number_format = f"{device.type} bfloat16={autocast._enabled} torch {torch.__version__}"
         widths = [config["num_classes"], *[LATENT_CHANNELS * len(model.bottlenecks)] * 2]
-        sets, origin = {}, "extracted"
         for name, images in image_sets.items():
             make = partial(shared_out, partial(extract_set, title=name), images)
             key = cache_key(checkpoint_hash, images, number_format)
             path = args.data_dir / "cache" / f"{key}.npz"
             sets[name] = make() if args.no_cache else cached(path, images.labels, widths, make)
-    except ImagesUnavailable as error:
-        try:
-            sets, origin = shipped_activations(checkpoint_hash, names), "shipped"
-        except ImagesUnavailable as also:
-            raise ImagesUnavailable(f"{error}; and {also}") from error
-        print(f"{error}.\nUsing the activation vectors that ship with the checkpoint.")
-        seconds["load"] = lap()
-    seconds["extract"] = lap()
     if rank():
         return
 
     # Methods: fitted on training images, thresholds from validation images
     rule = Rule(args.latents, args.distance, args.tail_size, args.alpha)
-    if stored_rule:
-        scorers = {"dhr_openmax": rule_scorer(stored_rule[0])}
-        thresholds = {"dhr_openmax": stored_rule[1]}
-    else:
-        train, val = sets["train"], sets["val"]
-        methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
-        scorers = {name: method(train, val, rule) for name, method in methods.items()}
-        thresholds = {
-            name: threshold_accepting(scorer(val).unknownness, ACCEPTED_SHARE)
-            for name, scorer in scorers.items()
-        }
-    seconds["fit"] = lap()
+    with timed(seconds, "fit"):
+        if stored_rule:
+            scorers = {"dhr_openmax": rule_scorer(stored_rule[0])}
+            thresholds = {"dhr_openmax": stored_rule[1]}
+        else:
+            methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
+            scorers, thresholds = fitted(methods, sets["train"], sets["val"], rule)
 
+    # Scores
     results: dict[str, Any] = {
         "checkpoint": {"path": str(args.checkpoint), "sha256": checkpoint_hash},
         "known": meta["train_args"]["dataset"],
         "activations": origin,
     }
-    if args.images:
-        results["images"] = score_images(
-            args.images,
-            model,
-            partial(extract_set, title=None),
-            scorers["dhr_openmax"],
-            thresholds["dhr_openmax"],
-            classes,
-            args.batch_size,
-        )
-    else:
-        scores = {
-            name: {key: scorer(sets[key]) for key in names if key not in ("train", "val")}
-            for name, scorer in scorers.items()
-        }
-        results |= measure(scores, thresholds, sets["test_known"])
-        print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
-        print_table(results["known"], results["methods"])
-    seconds["score"] = lap()
+    with timed(seconds, "score"):
+        if args.images:
+            ours = scorers["dhr_openmax"], thresholds["dhr_openmax"]
+            one_by_one = partial(extract_set, title=None)
+            results["images"] = score_images(
+                args.images, model, one_by_one, *ours, classes, args.batch_size
+            )
+        else:
+            tested = names[names.index("test_known") :]
+            scores = {
+                method: {name: scorer(sets[name]) for name in tested}
+                for method, scorer in scorers.items()
+            }
+            results |= measure(scores, thresholds, sets["test_known"])
+            print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
+            print_table(results["known"], results["methods"])
     print("\n" + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
 
     results |= {

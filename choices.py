@@ -3,7 +3,12 @@ alone, bad arguments and --help are answered without the seconds that importing 
 
 import argparse
 
-ARCHITECTURES = ("fast", "wide", "vgg")
+ARCHITECTURES = {  # name: channels of the three stages
+    "fast": (64, 256, 256),
+    "medium": (96, 320, 320),
+    "wide": (128, 384, 384),
+    "vgg": (64, 128, 256),
+}
 DISTANCES = ("euclidean", "cosine", "eucos", "mahalanobis")
 LOSSES = ("softmax", "one-vs-rest")
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")

@@ -43,7 +43,6 @@ from openmax import (
 if TYPE_CHECKING:
     from open_set_data import ImageSet
 
-WIDTHS = {"fast": [96, 320, 320], "wide": [128, 384, 384], "vgg": [64, 128, 256]}
 LATENT_CHANNELS = 32  # of every level; the paper's bottleneck width
 MAX_IMAGE_SIZE = 1024
 CHUNK_PIXELS = 2**18  # of 256 images with 32x32 pixels; how many `activations` runs at once
@@ -81,8 +80,8 @@ class DHRNet(nn.Module):
     normalised image is negative half of the time), logits have no ReLU, dropout is off in `eval()`.
 
     `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
-    patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide. `wide`
-    is the same with more channels, for longer training.
+    patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
+    `medium` and `wide` are the same with more channels, for longer training.
 
     Args:
         num_classes: number of known classes K.
@@ -129,9 +128,9 @@ class DHRNet(nn.Module):
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
 
-        widths = WIDTHS[arch]
+        widths = ARCHITECTURES[arch]
         if arch == "vgg":
-            lateral = widths
+            lateral = [*widths]
             sizes = [image_size // 2**level for level in range(4)]
             self.stem = nn.Sequential()
             inputs = [in_channels, *widths[:-1]]

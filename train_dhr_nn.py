@@ -29,13 +29,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--known-classes", default="", metavar="LIST",
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
-        help="vgg is the published network; wide has more channels than fast (default fast)")
-    add("--epochs", type=int, default=15, metavar="N",
-        help="passes over the training images, 1 or more (default 15)")
-    add("--batch-size", type=int, default=1000, metavar="N",
-        help="images a step, 2 or more (default 1000)")
-    add("--lr", type=float, default=0.2, metavar="RATE",
-        help="peak rate of Muon on the encoder, above 0; AdamW's rates follow it (default 0.2)")
+        help="vgg is the published network; medium and wide have more channels than fast "
+        "(default fast)")
+    add("--epochs", type=int, default=11, metavar="N",
+        help="passes over the training images, 1 or more (default 11)")
+    add("--batch-size", type=int, default=500, metavar="N",
+        help="images a step, 2 or more (default 500)")
+    add("--lr", type=float, default=0.1, metavar="RATE",
+        help="peak rate of Muon on the encoder, above 0; AdamW's rates follow it (default 0.1)")
     add("--loss", choices=LOSSES, default="softmax",
         help="cross-entropy of the softmax, as published, or of every logit's sigmoid "
         "(default softmax)")

@@ -1,10 +1,11 @@
 """The field's standard splits: train on some classes, measure on the others; mean and std of five.
 
     python benchmarks/splits.py cifar10 cifar+10 cifar+50   # default: all whose images are on disk
-    python benchmarks/splits.py --epochs 5 --splits 1
+    python benchmarks/splits.py --splits 1 --arch wide --epochs 20
 
-Each split is trained and measured by the two scripts and kept in --out: call again to go on after
-a stop. Prints AUROC and OSCR beside published AUROCs; writes benchmarks/results/splits.json.
+Flags that are not its own go to train_dhr_nn.py. Each split is trained and measured by the two
+scripts and kept in --out: call again to go on after a stop. Prints AUROC and OSCR beside published
+AUROCs; writes benchmarks/results/splits.json.
 
 The class lists are those of ARPL (Chen et al. 2021, github.com/iCGY96/ARPL, split.py) and of Vaze
 et al. 2022 (github.com/sgvaze/osr_closed_set_all_you_need, osr_splits.py), which agree. In both,
@@ -114,9 +115,8 @@ def call(script: ModuleType, *flags: str) -> None:
 
 def train(checkpoint: Path, dataset: str, known_classes: str, args: argparse.Namespace) -> None:
     """Train a network, or go on training it, unless it is there already."""
-    flags = ["--dataset", dataset, "--known-classes", known_classes, "--epochs", str(args.epochs)]
-    flags += ["--batch-size", str(args.batch_size), "--data-dir", str(args.data_dir)]
-    flags += ["--device", args.device, "--out", str(checkpoint)]
+    flags = ["--dataset", dataset, "--known-classes", known_classes, "--out", str(checkpoint)]
+    flags += ["--data-dir", str(args.data_dir), "--device", args.device, *args.training]
     if Path(f"{checkpoint}.partial").exists():
         flags.append("--resume")
     if not checkpoint.exists():
@@ -186,13 +186,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("protocols", nargs="*", metavar="PROTOCOL", help=f"of {', '.join(KNOWN)}")
     add("--splits", type=int, default=5, choices=range(1, 6), help="the first N (default 5)")
-    add("--epochs", type=int, default=15, help="of every training run (default 15)")
-    add("--batch-size", type=int, default=1000, help="in training (default 1000)")
     add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
     add("--out", type=Path, default=ROOT / "data" / "splits", help="checkpoints and their results")
     add("--device", default="auto", help="as in the scripts (default auto)")
     add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "splits.json")
-    args = parser.parse_args(argv)
+    args, args.training = parser.parse_known_args(argv)
     there = [p for p, paths in ON_DISK.items() if all((args.data_dir / x).exists() for x in paths)]
     if missing := set(args.protocols) - set(there):
         parser.error(f"{', '.join(sorted(missing))}: expected of {', '.join(there)}, whose images "
@@ -202,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         splits = [run_split(protocol, split, args) for split in range(args.splits)]
         summary = summarize(splits)
         print_protocol(protocol, summary, len(splits))
-        recorded[protocol] = {"epochs": args.epochs, "splits": splits, "mean_and_std": summary}
+        recorded[protocol] = {"training": args.training, "splits": splits, "mean_and_std": summary}
         args.json.write_text(json.dumps(recorded, indent=2) + "\n")
 
 

@@ -40,7 +40,7 @@ from openmax import OpenMax
 from train_dhr_nn import augment, build_optimizers, training_step
 
 REPEATS = 5
-BATCH = 1000
+BATCH = 500  # the default of training
 EXTRACTED = 1024  # images at once; a multiple of the network's chunk
 TRAIN_IMAGES = 47_500  # of CIFAR-10, without the validation images
 IMAGES, CLASSES, DIMENSIONS = 20_000, 10, 106

@@ -29,6 +29,20 @@ def test_readme_table_holds_the_recorded_figures(method):
 
 
 @pytest.mark.parametrize("method", compute_openmax.METHODS)
+def test_table_of_seeds_holds_the_recorded_figures(method):
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("three seeds\n")[1]
+    row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)
+    runs = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text())
+    figures = [
+        100 * np.array([run["methods"][method][name][column] for run in runs])
+        for name in SETS
+        for column in COLUMNS[:3]
+    ]
+    cells = [f"{each.mean():.1f} ± {each.std(ddof=1):.1f}" for each in figures]
+    assert [cell.strip() for cell in row.split("|")] == cells
+
+
+@pytest.mark.parametrize("method", compute_openmax.METHODS)
 def test_table_of_splits_holds_the_recorded_figures(method):
     text = (ROOT / "benchmarks" / "README.md").read_text().split("standard splits")[1]
     row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)

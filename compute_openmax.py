@@ -72,7 +72,7 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -316,10 +316,10 @@ def shipped_activations(checkpoint_hash: str, names: Sequence[str]) -> dict[str,
 
 
 def fitted(
-    methods: dict[str, Method], train: Activations, val: Activations, rule: Rule
+    methods: Iterable[str], train: Activations, val: Activations, rule: Rule
 ) -> tuple[dict[str, Scorer], dict[str, float]]:
-    """The scoring rule of each method, and the threshold that accepts 95 % of validation images."""
-    scorers = {name: method(train, val, rule) for name, method in methods.items()}
+    """Scoring rules of the named methods, and thresholds that accept 95 % of validation images."""
+    scorers = {name: METHODS[name](train, val, rule) for name in methods}
     thresholds = {
         name: threshold_accepting(scorer(val).unknownness, ACCEPTED_SHARE)
         for name, scorer in scorers.items()
@@ -518,8 +518,8 @@ def run(args: argparse.Namespace) -> None:
             scorers = {"dhr_openmax": rule_scorer(stored_rule[0])}
             thresholds = {"dhr_openmax": stored_rule[1]}
         else:
-            methods = {"dhr_openmax": dhr_openmax} if args.images else METHODS
-            scorers, thresholds = fitted(methods, sets["train"], sets["val"], rule)
+            wanted = ["dhr_openmax"] if args.images else METHODS
+            scorers, thresholds = fitted(wanted, sets["train"], sets["val"], rule)
 
     # Scores
     results: dict[str, Any] = {

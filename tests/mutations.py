@@ -152,8 +152,8 @@ MUTANTS = [
      'measure(scores, {n: threshold_accepting(s["test_known"].unknownness) '
      "for n, s in scores.items()},", SPLITS_KEPT),
     ("fit on test images", "compute_openmax.py",
-     'fitted(methods, sets["train"]',
-     'fitted(methods, sets.get("test_known", sets["train"])', SPLITS_KEPT),
+     'fitted(wanted, sets["train"]',
+     'fitted(wanted, sets.get("test_known", sets["train"])', SPLITS_KEPT),
     ("held-out images are test images", "compute_openmax.py",
      'sets["val"], rule)', 'sets.get("test_known", sets["val"]), rule)', SPLITS_KEPT),
     ("max logit is known", "compute_openmax.py",

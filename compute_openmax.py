@@ -529,10 +529,14 @@ def run(args: argparse.Namespace) -> None:
     }
     with timed(seconds, "score"):
         if args.images:
-            ours = scorers["dhr_openmax"], thresholds["dhr_openmax"]
-            one_by_one = partial(extract_set, title=None)
             results["images"] = score_images(
-                args.images, model, one_by_one, *ours, classes, args.batch_size
+                args.images,
+                model,
+                partial(extract_set, title=None),
+                scorers["dhr_openmax"],
+                thresholds["dhr_openmax"],
+                classes,
+                args.batch_size,
             )
         else:
             tested = names[names.index("test_known") :]

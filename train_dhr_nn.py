@@ -240,6 +240,34 @@ def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Ge
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def batches(
+    images: Tensor, labels: Tensor, batch_size: int, mirrored: bool, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each batch of an epoch, augmented, with its labels.
+
+    All that is random here is seeded anew each epoch, so that a resumed run draws what an
+    uninterrupted one would have. Every image is mirrored every other epoch, as in airbench.
+
+    Args:
+        images: [N, H, W, C] uint8.
+        labels: [N] int64.
+        batch_size: of all processes together; what does not fill a batch is left out.
+        mirrored: False mirrors no image.
+        seed: of the run.
+        epoch: from 0.
+    """
+    count, share = len(images), batch_size // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    torch.manual_seed((seed * 100_003 + epoch) * world_size() + rank())  # of dropout
+    generator = torch.Generator(images.device).manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator, device=images.device)
+    mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
+    for index in order[: count // batch_size * batch_size].split(batch_size):
+        batch = augment(images, index, mirror[index], generator)
+        yield batch[mine], labels[index][mine]
+
+
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
 
@@ -330,6 +358,31 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
     return model, saved
 
 
+def check_batch_size(batch_size: int, count: int) -> None:
+    """Refuse a batch of more than all images, or one that the processes cannot share.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if batch_size > count:
+        raise ValueError(f"--batch-size is {batch_size}; expected at most {count}, all images")
+    if batch_size % world_size() or batch_size == world_size():
+        raise ValueError(
+            f"--batch-size is {batch_size}; expected a multiple of {world_size()}, the number "
+            "of processes, with at least two images each"
+        )
+
+
+def broken_step(losses: Tensor, model: DHRNet) -> int:
+    """First of the steps [S, 3] with a loss that is not finite, or the last where weights are not;
+    0 where all is well."""
+    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad_steps):
+        return 1 + int(bad_steps[0])
+    finite = all(weight.isfinite().all() for weight in model.state_dict().values())
+    return 0 if finite else len(losses)
+
+
 def finish(
     out: Path,
     model: DHRNet,
@@ -370,59 +423,6 @@ def finish(
     print(f"  python compute_openmax.py --checkpoint {shlex.quote(str(out))}")
 
 
-def check_batch_size(batch_size: int, count: int) -> None:
-    """Refuse a batch of more than all images, or one that the processes cannot share.
-
-    Raises:
-        ValueError: it is one of these.
-    """
-    if batch_size > count:
-        raise ValueError(f"--batch-size is {batch_size}; expected at most {count}, all images")
-    if batch_size % world_size() or batch_size == world_size():
-        raise ValueError(
-            f"--batch-size is {batch_size}; expected a multiple of {world_size()}, the number "
-            "of processes, with at least two images each"
-        )
-
-
-def batches(
-    images: Tensor, labels: Tensor, batch_size: int, mirrored: bool, seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of each batch of an epoch, augmented, with its labels.
-
-    All that is random here is seeded anew each epoch, so that a resumed run draws what an
-    uninterrupted one would have. Every image is mirrored every other epoch, as in airbench.
-
-    Args:
-        images: [N, H, W, C] uint8.
-        labels: [N] int64.
-        batch_size: of all processes together; what does not fill a batch is left out.
-        mirrored: False mirrors no image.
-        seed: of the run.
-        epoch: from 0.
-    """
-    count, share = len(images), batch_size // world_size()
-    mine = slice(rank() * share, (rank() + 1) * share)
-    torch.manual_seed((seed * 100_003 + epoch) * world_size() + rank())  # of dropout
-    generator = torch.Generator(images.device).manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(count, generator=generator, device=images.device)
-    mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
-    for index in order[: count // batch_size * batch_size].split(batch_size):
-        batch = augment(images, index, mirror[index], generator)
-        yield batch[mine], labels[index][mine]
-
-
-def broken_step(losses: Tensor, model: DHRNet) -> int:
-    """First of the steps [S, 3] with a loss that is not finite, or the last where weights are not;
-    0 where all is well."""
-    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad_steps):
-        return 1 + int(bad_steps[0])
-    finite = all(weight.isfinite().all() for weight in model.state_dict().values())
-    return 0 if finite else len(losses)
-
-
 def train(args: argparse.Namespace, partial: Path) -> None:
     if not rank():
         for path in (args.out, partial):
@@ -441,17 +441,19 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     check_batch_size(args.batch_size, count)
 
     # Network and optimisers
-    if not args.resume:
+    if args.resume:
+        fits = {"num_classes": len(data.classes), "in_channels": channels, "image_size": size}
+        same_classes = saved["known_classes"] == list(data.classes)
+        if not (fits.items() <= model.config.items() and same_classes):
+            raise ValueError(
+                f"{args.dataset} is not what {partial} was trained on: has it changed?"
+            )
+    else:
         torch.manual_seed(args.seed)
         mirrored = args.dataset not in NOT_MIRRORED
         model = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
         some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
         model.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
-    fits = {"num_classes": len(data.classes), "in_channels": channels, "image_size": size}
-    if args.resume and not (
-        fits.items() <= model.config.items() and saved["known_classes"] == list(data.classes)
-    ):
-        raise ValueError(f"{args.dataset} is not what {partial} was trained on: has it changed?")
     model.to(device).to(memory_format=torch.channels_last)
     network = replicated(model)
     optimizers = build_optimizers(model, args.lr)

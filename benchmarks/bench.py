@@ -37,10 +37,10 @@ from test_openmax import loop_openmax
 
 from models import DHRNet, keep_freed_memory, prepare_device
 from openmax import OpenMax
-from train_dhr_nn import augment, build_optimizers, training_step
+from train_dhr_nn import augment, build_optimizers, parse_args, training_step
 
 REPEATS = 5
-BATCH = 500  # the default of training
+BATCH = parse_args([]).batch_size  # as training has it by default
 EXTRACTED = 1024  # images at once; a multiple of the network's chunk
 TRAIN_IMAGES = 47_500  # of CIFAR-10, without the validation images
 IMAGES, CLASSES, DIMENSIONS = 20_000, 10, 106

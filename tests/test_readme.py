@@ -20,10 +20,15 @@ SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 COLUMNS = ("auroc", "fpr_at_95_tpr", "macro_f1", "macro_f1_at_half")
 
 
+def row_of(method, text):
+    """Cells of the first table row of a method in a text."""
+    row = re.search(rf"^\| \*{{0,2}}`{method}`\*{{0,2}} \|(.*)\|$", text, re.MULTILINE).group(1)
+    return [cell.strip() for cell in row.split("|")]
+
+
 @pytest.mark.parametrize("method", compute_openmax.METHODS)
 def test_readme_table_holds_the_recorded_figures(method):
-    row = re.search(rf"^\| \*{{0,2}}`{method}`\*{{0,2}} \|(.*)\|$", README, re.MULTILINE).group(1)
-    figures = [float(cell.strip(" *")) for cell in row.split("|")]
+    figures = [float(cell.strip("*")) for cell in row_of(method, README)]
     expected = [100 * RECORDED["methods"][method][name][c] for name in SETS for c in COLUMNS]
     assert figures == [round(value, 1) for value in expected]
 
@@ -31,7 +36,6 @@ def test_readme_table_holds_the_recorded_figures(method):
 @pytest.mark.parametrize("method", compute_openmax.METHODS)
 def test_table_of_seeds_holds_the_recorded_figures(method):
     text = (ROOT / "benchmarks" / "README.md").read_text().split("three seeds\n")[1]
-    row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)
     runs = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text())
     figures = [
         100 * np.array([run["methods"][method][name][column] for run in runs])
@@ -39,20 +43,19 @@ def test_table_of_seeds_holds_the_recorded_figures(method):
         for column in COLUMNS[:3]
     ]
     cells = [f"{each.mean():.1f} ± {each.std(ddof=1):.1f}" for each in figures]
-    assert [cell.strip() for cell in row.split("|")] == cells
+    assert row_of(method, text) == cells
 
 
 @pytest.mark.parametrize("method", compute_openmax.METHODS)
 def test_table_of_splits_holds_the_recorded_figures(method):
     text = (ROOT / "benchmarks" / "README.md").read_text().split("standard splits")[1]
-    row = re.search(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE).group(1)
     recorded = json.loads((ROOT / "benchmarks" / "results" / "splits.json").read_text())
     expected = [
         [100 * value for value in recorded[protocol]["mean_and_std"][method]["auroc"]]
         for protocol in ("cifar10", "cifar+10", "cifar+50")
     ]
     cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
-    assert [cell.strip() for cell in row.split("|")] == cells
+    assert row_of(method, text) == cells
     if method == "dhr_openmax":
         assert all(cell in README for cell in cells)
 

@@ -81,7 +81,8 @@ class DHRNet(nn.Module):
 
     `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
     patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
-    `medium` and `wide` are the same with more channels, for longer training.
+    `medium` and `wide` are the same with more channels, for longer training; `deep` has a third
+    convolution a stage, the last two inside a residual connection.
 
     Args:
         num_classes: number of known classes K.
@@ -148,7 +149,8 @@ class DHRNet(nn.Module):
             whitening.weight.requires_grad = False
             self.stem = nn.Sequential(whitening, nn.GELU())
             inputs = [8 * in_channels, *widths[:-1]]
-            self.encoder = nn.ModuleList(map(_fast_stage, inputs, widths))
+            stage = _deep_stage if arch == "deep" else _fast_stage
+            self.encoder = nn.ModuleList(map(stage, inputs, widths))
             self.head = nn.Sequential(
                 nn.AdaptiveMaxPool2d(1),
                 nn.Flatten(),
@@ -299,13 +301,34 @@ def _vgg_stage(in_channels: int, width: int, depth: int) -> nn.Sequential:
 
 
 def _fast_stage(in_channels: int, width: int) -> nn.Sequential:
-    conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-    conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-    norm1, norm2 = nn.BatchNorm2d(width, momentum=0.4), nn.BatchNorm2d(width, momentum=0.4)
-    for conv, norm in ((conv1, norm1), (conv2, norm2)):
-        nn.init.dirac_(conv.weight.data[: conv.in_channels])  # the first filters start as identity
-        norm.weight.requires_grad = False  # gain 1, as in airbench
-    return nn.Sequential(conv1, MaxPool(), norm1, nn.GELU(), conv2, norm2, nn.GELU())
+    first, second = _conv(in_channels, width), _conv(width, width)
+    norms = _norm(width), _norm(width)
+    return nn.Sequential(first, MaxPool(), norms[0], nn.GELU(), second, norms[1], nn.GELU())
+
+
+def _deep_stage(in_channels: int, width: int) -> nn.Sequential:
+    first, block = _conv(in_channels, width), [_conv(width, width), _norm(width), nn.GELU()]
+    block += [_conv(width, width), _norm(width)]
+    return nn.Sequential(first, MaxPool(), _norm(width), nn.GELU(), Residual(*block), nn.GELU())
+
+
+def _conv(in_channels: int, width: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[:in_channels])  # the first filters start as identity
+    return conv
+
+
+def _norm(width: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(width, momentum=0.4)
+    norm.weight.requires_grad = False  # gain 1, as in airbench
+    return norm
+
+
+class Residual(nn.Sequential):
+    """Its input added to what its layers make of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 def prepare_device(name: str) -> tuple[torch.device, torch.autocast]:

@@ -42,6 +42,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "(default softmax)")
     add("--reconstruction-weight", type=float, default=1.0, metavar="W",
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
+    add("--cutout", type=int, default=0, metavar="PIXELS",
+        help="side of the square made grey at a random place of each training image (default 0)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the initial weights, the batches and the augmentation (default 0)")
     add("--device", default="auto", metavar="NAME",
@@ -66,6 +68,7 @@ def range_error(args: argparse.Namespace) -> str:
         ("--lr", args.lr, 0 < args.lr < math.inf),
         ("--reconstruction-weight", args.reconstruction_weight,
          0 <= args.reconstruction_weight < math.inf),
+        ("--cutout", args.cutout, args.cutout >= 0),
         ("--seed", args.seed, 0 <= args.seed < 2**32),
     ):  # fmt: skip
         if not allowed:
@@ -116,6 +119,7 @@ from open_set_data import ImageSet, ImagesUnavailable, KnownData, load_known
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 MAX_SHIFT = 4  # pixels, of the random translation
+GREY = 120  # of what cutout cuts out, about the mean of photographs
 WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of --lr: matrices, and biases
@@ -125,7 +129,7 @@ CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training start
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
     "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "loss",
-    "reconstruction_weight", "seed",
+    "reconstruction_weight", "cutout", "seed",
 )  # fmt: skip
 
 
@@ -217,31 +221,44 @@ def one_cycle(step: int, total_steps: int) -> float:
     return min((step + 1) / warmup, (total_steps - step) / (total_steps - warmup))
 
 
-def augment(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tensor:
-    """Take a batch of images, randomly translated, with the border reflected, and mirrored.
+def augment(
+    images: Tensor, index: Tensor, mirrored: Tensor, cutout: int, generator: torch.Generator
+) -> Tensor:
+    """Take a batch of images, randomly translated, with the border reflected, and mirrored, and cut
+    a square out of each (DeVries and Taylor 2017, arXiv 1708.04552).
 
     Args:
         images: [N, H, W, C] uint8.
         index: [B] int64, which images.
         mirrored: [B] bool, which of them to mirror left to right.
-        generator: source of the translations, on the images' device.
+        cutout: side of the square in pixels, at most H; 0 for none.
+        generator: source of the translations and squares, on the images' device.
 
     Returns:
         [B, C, H, W] uint8 in channels-last memory order.
     """
     size = images.shape[1]
-    shape = (2, len(index), 1)
-    shift = torch.randint(
-        -MAX_SHIFT, MAX_SHIFT + 1, shape, generator=generator, device=index.device
-    )
-    position = (torch.arange(size, device=index.device) + shift).abs()
-    rows, columns = size - 1 - (size - 1 - position).abs()
+    draws = {"generator": generator, "device": index.device}
+    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, len(index), 1), **draws)
+    pixels = torch.arange(size, device=index.device)
+    rows, columns = size - 1 - (size - 1 - (pixels + shift).abs()).abs()
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if cutout:
+        corner = torch.randint(size - cutout + 1, (2, len(index), 1), **draws)
+        cut_rows, cut_columns = (pixels >= corner) & (pixels < corner + cutout)
+        batch[cut_rows[:, :, None] & cut_columns[:, None, :]] = GREY
+    return batch.permute(0, 3, 1, 2)
 
 
 def batches(
-    images: Tensor, labels: Tensor, batch_size: int, mirrored: bool, seed: int, epoch: int
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    mirrored: bool,
+    cutout: int,
+    seed: int,
+    epoch: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each batch of an epoch, augmented, with its labels.
 
@@ -253,6 +270,7 @@ def batches(
         labels: [N] int64.
         batch_size: of all processes together; what does not fill a batch is left out.
         mirrored: False mirrors no image.
+        cutout: as for `augment`.
         seed: of the run.
         epoch: from 0.
     """
@@ -264,7 +282,7 @@ def batches(
     mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
     mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
     for index in order[: count // batch_size * batch_size].split(batch_size):
-        batch = augment(images, index, mirror[index], generator)
+        batch = augment(images, index, mirror[index], cutout, generator)
         yield batch[mine], labels[index][mine]
 
 
@@ -439,6 +457,8 @@ def train(args: argparse.Namespace, partial: Path) -> None:
     labels = torch.from_numpy(data.train.labels).to(device)
     count, size, _, channels = images.shape
     check_batch_size(args.batch_size, count)
+    if args.cutout > size:
+        raise ValueError(f"--cutout is {args.cutout}; expected at most {size}, the images' side")
 
     # Network and optimisers
     if args.resume:
@@ -474,7 +494,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         start = time.perf_counter()
         model.train()
         history = []
-        draws = args.batch_size, model.config["mirrored"], args.seed, epoch
+        draws = args.batch_size, model.config["mirrored"], args.cutout, args.seed, epoch
         bar = tqdm(
             batches(images, labels, *draws), f"epoch {epoch + 1}", steps, unit="step", leave=False,
             disable=rank() > 0,

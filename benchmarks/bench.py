@@ -113,7 +113,7 @@ def network_rates(arch: str) -> dict[str, float]:
     def step() -> None:
         model.train()
         index = torch.randperm(5000, generator=generator)[:BATCH]
-        batch = augment(pool, index, index % 2 == 0, generator)
+        batch = augment(pool, index, index % 2 == 0, 0, generator)
         training_step(model, optimizers, batch, labels[index], "softmax", 1.0, autocast)
 
     def extract() -> None:

@@ -25,7 +25,7 @@ def shifts_of(image, result):
 def test_augment_shifts_with_reflection_and_mirrors_what_it_is_told_to():
     images = make_images(2, 3, 16).permute(0, 2, 3, 1)
     index, mirrored = torch.arange(400) % 2, torch.arange(400) % 3 == 0
-    batch = augment(images, index, mirrored, torch.Generator().manual_seed(0)).numpy()
+    batch = augment(images, index, mirrored, 0, torch.Generator().manual_seed(0)).numpy()
     seen = set()
     for i in range(400):
         upright = batch[i][:, :, ::-1] if mirrored[i] else batch[i]
@@ -87,7 +87,7 @@ def seen(monkeypatch):
     """What the loop hands to augment, training_step and accuracy, none of which does its work."""
     seen = {"mirrored": [], "images": [], "labels": [], "measured": []}
 
-    def keep_augment(images, index, mirrored, generator):
+    def keep_augment(images, index, mirrored, cutout, generator):
         seen["mirrored"].append(mirrored)
         return images[index].permute(0, 3, 1, 2)
 

@@ -8,7 +8,7 @@ report: install  ## the same as a page with pictures, report/report.html
 	$(BIN)/python compute_openmax.py --unknown tiny-imagenet-crop tiny-imagenet-resize cifar100 --report report
 
 train: install  ## train the shipped network again
-	$(BIN)/python train_dhr_nn.py --arch wide --loss one-vs-rest --epochs 32 --batch-size 1000 --lr 0.2
+	$(BIN)/python train_dhr_nn.py --arch deep --loss one-vs-rest --cutout 12 --epochs 44 --batch-size 1000 --lr 0.2
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -6,7 +6,6 @@ import argparse
 ARCHITECTURES = {  # name: channels of the three stages
     "fast": (64, 256, 256),
     "medium": (96, 320, 320),
-    "wide": (128, 384, 384),
     "deep": (128, 320, 320),
     "vgg": (64, 128, 256),
 }

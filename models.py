@@ -81,8 +81,8 @@ class DHRNet(nn.Module):
 
     `fast` is made for accuracy per FLOP, after airbench (Jordan 2024, arXiv 2404.00498): a frozen
     patch-whitening layer, three GELU stages that pool early, and a ladder 32 channels wide.
-    `medium` and `wide` are the same with more channels, for longer training; `deep` has a third
-    convolution a stage, the last two inside a residual connection.
+    For longer training, `medium` has more channels, and `deep` as well a third convolution a stage,
+    the last two inside a residual connection.
 
     Args:
         num_classes: number of known classes K.

@@ -29,8 +29,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--known-classes", default="", metavar="LIST",
         help="names or indices, comma-separated; the others stay unknown (default: know all)")
     add("--arch", choices=ARCHITECTURES, default="fast",
-        help="vgg is the published network; medium and wide have more channels than fast "
-        "(default fast)")
+        help="vgg is the published network; medium has more channels than fast, deep more layers "
+        "as well (default fast)")
     add("--epochs", type=int, default=11, metavar="N",
         help="passes over the training images, 1 or more (default 11)")
     add("--batch-size", type=int, default=500, metavar="N",
@@ -238,14 +238,14 @@ def augment(
         [B, C, H, W] uint8 in channels-last memory order.
     """
     size = images.shape[1]
-    draws = {"generator": generator, "device": index.device}
-    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, len(index), 1), **draws)
-    pixels = torch.arange(size, device=index.device)
+    shape, device = (2, len(index), 1), index.device
+    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, shape, generator=generator, device=device)
+    pixels = torch.arange(size, device=device)
     rows, columns = size - 1 - (size - 1 - (pixels + shift).abs()).abs()
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     if cutout:
-        corner = torch.randint(size - cutout + 1, (2, len(index), 1), **draws)
+        corner = torch.randint(size - cutout + 1, shape, generator=generator, device=device)
         cut_rows, cut_columns = (pixels >= corner) & (pixels < corner + cutout)
         batch[cut_rows[:, :, None] & cut_columns[:, None, :]] = GREY
     return batch.permute(0, 3, 1, 2)

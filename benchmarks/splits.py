@@ -1,7 +1,7 @@
 """The field's standard splits: train on some classes, measure on the others; mean and std of five.
 
     python benchmarks/splits.py cifar10 cifar+10 cifar+50   # default: all whose images are on disk
-    python benchmarks/splits.py --splits 1 --arch wide --epochs 20
+    python benchmarks/splits.py --splits 1 --arch deep --epochs 20
 
 Flags that are not its own go to train_dhr_nn.py. Each split is trained and measured by the two
 scripts and kept in --out: call again to go on after a stop. Prints AUROC and OSCR beside published

@@ -13,6 +13,7 @@ from models import (
     DHRNet,
     MaxPool,
     Recogniser,
+    Residual,
     fit_rule,
     load_checkpoint,
     save_checkpoint,
@@ -61,6 +62,18 @@ def test_vgg_is_the_published_network():
     output = model.eval()(make_images(2))
     assert 10 + sum(z.shape[1] for z in output.latents) == 106
     assert [tuple(z.shape[2:]) for z in output.latents] == [(16, 16), (8, 8), (4, 4)]
+
+
+def test_deep_adds_to_a_stage_what_two_convolutions_make_of_it():
+    for stage in DHRNet(10, arch="deep").encoder:
+        convs = [m for m in stage.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(convs) == 3
+        block = next(m for m in stage if isinstance(m, Residual)).eval()
+        x = torch.randn(2, convs[-1].out_channels, 8, 8)
+        made = x
+        for layer in block:
+            made = layer(made)
+        assert torch.equal(block(x), x + made)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

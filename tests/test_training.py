@@ -9,7 +9,7 @@ from test_models import make_images, make_model
 import train_dhr_nn
 from models import load_checkpoint
 from open_set_data import ImageSet, load_known
-from train_dhr_nn import MAX_SHIFT, augment, one_cycle, training_step
+from train_dhr_nn import GREY, MAX_SHIFT, augment, one_cycle, training_step
 
 FLOAT32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
 DIGITS = ["--dataset", "digits", "--batch-size", "100", "--device", "cpu"]
@@ -72,6 +72,30 @@ def test_training_step_descends_cross_entropy_plus_weighted_squared_error(loss, 
         assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-5)
     assert losses[:2].tolist() == pytest.approx([cross_entropy.item(), mse.item()], rel=1e-4)
     assert losses[2] == (output.logits.argmax(dim=1) == labels).float().mean()
+
+
+def test_cutout_makes_one_grey_square_in_each_image_anywhere():
+    images = torch.full((1, 16, 16, 3), 255, dtype=torch.uint8)
+    index, mirrored = torch.zeros(500, dtype=torch.long), torch.zeros(500, dtype=torch.bool)
+    cut = augment(images, index, mirrored, 6, torch.Generator().manual_seed(0)) == GREY
+    assert torch.equal(cut, cut[:, :1].expand_as(cut))
+    rows, columns = cut[:, 0].any(dim=2), cut[:, 0].any(dim=1)
+    assert torch.equal(cut[:, 0], rows[:, :, None] & columns[:, None, :])
+    corners = set()
+    for sides in zip(rows, columns, strict=True):
+        first = [side.nonzero().flatten()[0].item() for side in sides]
+        assert all(side.nonzero().flatten().tolist() == [*range(i, i + 6)]
+                   for i, side in zip(first, sides, strict=True))  # fmt: skip
+        corners.add(tuple(first))
+    assert {row for row, _ in corners} == {column for _, column in corners} == {*range(11)}
+    assert len(corners) > 90  # of 121
+
+
+def test_cutout_larger_than_the_images_is_refused(tmp_path, capsys):
+    out = tmp_path / "net.pt"
+    assert train_dhr_nn.main([*DIGITS, "--cutout", "33", "--out", str(out)]) != 0
+    assert "expected at most 32" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nearly_0():

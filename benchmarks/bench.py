@@ -232,17 +232,13 @@ def openmax() -> list[Row]:
 def growth() -> list[Row]:
     """Time an image for more images and more classes; memory of a stream of many."""
 
-    def per_image(images: int, classes: int, repeats: int = REPEATS) -> float:
+    def per_image(images: int, classes: int) -> float:
         vectors, labels = made_up(images, classes, classes + 96)
-        seconds = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            OpenMax(5).fit(vectors, labels).predict_proba(vectors)
-            seconds.append(time.perf_counter() - begin)
-        return 1e6 * statistics.median(seconds) / images
+        (seconds,) = median_seconds(lambda: OpenMax(5).fit(vectors, labels).predict_proba(vectors))
+        return 1e6 * seconds / images
 
-    few, many = per_image(10_000, 10), per_image(1_000_000, 10, repeats=1)
-    narrow, wide = per_image(10_000, 100), per_image(10_000, 1000, repeats=1)
+    few, many = per_image(10_000, 10), per_image(1_000_000, 10)
+    narrow, wide = per_image(10_000, 100), per_image(10_000, 1000)
     seconds, memory = in_process(__file__, "--stream", 1_000_000, 1000)
     return [
         Row("us an image, 10^6; 10^4 images", f"{many:.2f}", f"{few:.2f}", many / few, "about 1"),

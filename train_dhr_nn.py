@@ -2,7 +2,6 @@
 
     python train_dhr_nn.py                        # CIFAR-10; writes dhr_net.pt
     python train_dhr_nn.py --resume               # go on after a stop
-    python train_dhr_nn.py --init dhr_net.pt      # train it more
     python train_dhr_nn.py --known-classes 0,1,2  # leave the others unknown
     torchrun --nproc-per-node 8 train_dhr_nn.py   # on eight GPUs
 
@@ -32,9 +31,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--arch", choices=ARCHITECTURES, default="fast",
         help="vgg is the published network; medium has more channels than fast, deep more layers "
         "as well (default fast)")
-    add("--init", default="", metavar="PATH",
-        help="start from this checkpoint's weights and --arch, for the same classes (default: from "
-        "random weights)")
     add("--epochs", type=int, default=11, metavar="N",
         help="passes over the training images, 1 or more (default 11)")
     add("--batch-size", type=int, default=500, metavar="N",
@@ -132,7 +128,7 @@ TAIL_SIZE = 20  # of the open-set rule; fewer where there are fewer validation i
 CHECKPOINT_ROOM = 2**26  # bytes that must fit on the disk before training starts
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
-    "dataset", "known_classes", "arch", "init", "epochs", "batch_size", "lr", "loss",
+    "dataset", "known_classes", "arch", "epochs", "batch_size", "lr", "loss",
     "reconstruction_weight", "cutout", "seed",
 )  # fmt: skip
 
@@ -451,10 +447,7 @@ def train(args: argparse.Namespace, partial: Path) -> None:
             try_writing(path, CHECKPOINT_ROOM)
     if args.resume:
         model, saved = load_unfinished(partial, args)
-    elif args.init:
-        model, saved = load_checkpoint(Path(args.init))
-        args.arch = model.config["arch"]
-    if not args.resume and partial.exists() and not args.dry_run:
+    elif partial.exists() and not args.dry_run:
         raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device, autocast = prepare_device(args.device)
 
@@ -468,13 +461,12 @@ def train(args: argparse.Namespace, partial: Path) -> None:
         raise ValueError(f"--cutout is {args.cutout}; expected at most {size}, the images' side")
 
     # Network and optimisers
-    if args.resume or args.init:
+    if args.resume:
         fits = {"num_classes": len(data.classes), "in_channels": channels, "image_size": size}
         same_classes = saved["known_classes"] == list(data.classes)
         if not (fits.items() <= model.config.items() and same_classes):
             raise ValueError(
-                f"{args.dataset} is not what {partial if args.resume else args.init} was trained "
-                "on: other classes or images"
+                f"{args.dataset} is not what {partial} was trained on: has it changed?"
             )
     else:
         torch.manual_seed(args.seed)

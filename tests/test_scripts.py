@@ -319,20 +319,6 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, capsys, arc
     ]
 
 
-def test_init_goes_on_from_a_finished_network_of_the_same_classes(digits_net, tmp_path, capsys):
-    more, init = tmp_path / "more.pt", ["--init", str(digits_net)]
-    assert train(more, "--epochs", "1", "--arch", "vgg", *init) == 0
-    saved, start = (torch.load(path, weights_only=True) for path in (more, digits_net))
-    assert saved["model_config"] == start["model_config"]
-    assert torch.equal(saved["mean"], start["mean"])
-    assert saved["train_args"]["init"] == str(digits_net)
-    assert saved["train_args"]["arch"] == "fast"
-    losses = [checkpoint["course"][0]["cross_entropy"] for checkpoint in (saved, start)]
-    assert losses[0] < losses[1] / 2
-    assert train(more, *init, "--known-classes", "0,1,2") == 1
-    assert f"digits is not what {digits_net} was trained on" in capsys.readouterr().err
-
-
 def test_infinite_loss_stops_and_names_the_step(tmp_path, capsys):
     assert train(tmp_path / "net.pt", "--epochs", "2", "--lr", "1e30") == 1
     assert "loss not finite at step" in capsys.readouterr().err

@@ -1,200 +1,123 @@
 """Measure speed and memory against what the hardware allows, and against how others do it.
 
-    python benchmarks/bench.py                # everything; one JSON line last
-    python benchmarks/bench.py openmax start  # some of it: functions below, by name
+    python benchmarks/bench.py                     # everything; one JSON line last
+    python benchmarks/bench.py openmax photo       # some of it: functions below, by name
+    OMP_NUM_THREADS=1 python benchmarks/bench.py   # on one core
 
-Both sides of a ratio are measured in this run, in turn: a warm-up, then the median of five. What
-takes minutes runs once. Images are random where their content does not matter. README.md beside
-this file says what each row means.
+Both sides of a ratio are measured in this run: a warm-up, then the median of five, in turn. What
+takes minutes runs once. README.md beside this file says what each row means.
 """
 
 import argparse
 import json
-import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.spatial.distance import cdist
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from peers import BATCH as TEXTBOOK_BATCH
-from peers import PytorchOodOpenMax, one_by_one, textbook_steps
-from test_openmax import loop_openmax
+from peers import TEXTBOOK_BATCH, PytorchOodOpenMax, loop_openmax, one_by_one, textbook_steps
 
-from models import DHRNet, keep_freed_memory, prepare_device
-from openmax import OpenMax
-from train_dhr_nn import augment, build_optimizers, parse_args, training_step
+from activations import extract, keep_freed_memory, number_format
+from models import DHRNet
+from open_set_data import ImageSet
+from openmax import OpenMax, libmr
+from training import gflop_per_image
 
-REPEATS = 5
-BATCH = parse_args([]).batch_size  # as training has it by default
-EXTRACTED = 1024  # images at once; a multiple of the network's chunk
-TRAIN_IMAGES = 47_500  # of CIFAR-10, without the validation images
-IMAGES, CLASSES, DIMENSIONS = 20_000, 10, 106
 AIRBENCH_PFLOP = 0.36  # of airbench94, a classifier alone (Jordan 2024, arXiv 2404.00498)
-IMAGENET = 1_281_167, 1000  # training images, classes
-GPU_TFLOPS = 989  # one NVIDIA H100 SXM, bfloat16 without sparsity, by its data sheet
-GPU_SHARE = 0.3  # of that rate assumed to be reached, not measured
-RESULTS = ROOT / "benchmarks" / "results"
+CIFAR10 = ROOT / "data" / "cifar-10-batches-py"
+STREAM = "import sys; sys.path.insert(0, 'benchmarks'); import bench; bench.stream(10**6, 1000)"
+Rows = Iterator[tuple[str, float, float | None, float, str]]  # what, ours, peer, ratio, its target
 
 
-class Row(NamedTuple):
-    """One line of the table: `ratio` is what `target` speaks of."""
-
-    what: str
-    ours: str
-    peer: str
-    ratio: float
-    target: str
-
-
-def median_seconds(*functions: Callable[[], object]) -> list[float]:
+def median_seconds(repeats: int, *functions: Callable[[], object]) -> list[float]:
     """Median seconds of each function, called in turn after a warm-up each."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for repeat in range(REPEATS + 1):
-        for function, taken in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+    seconds = np.empty((repeats + 1, len(functions)))
+    for repeat, column in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        functions[column]()
+        seconds[repeat, column] = time.perf_counter() - start
+    return np.median(seconds[1:], axis=0).tolist()
 
 
-def gflop(function: Callable[[], object]) -> float:
-    """Operations of a call, as PyTorch counts them: matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 1e9
-
-
-def in_process(*command: object) -> tuple[float, float]:
-    """Seconds and peak memory in GB of a fresh Python process; what it prints is dropped.
-
-    The peak is read while it runs: what the system reports in the end is no less than what this
-    process held when it started the other.
-    """
+def run(*command: object) -> tuple[str, float, float]:
+    """What a Python command printed, its seconds, and its peak memory in GB, read while it runs."""
     start, kilobytes = time.perf_counter(), 0
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        kilobytes = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, kilobytes])[1])
-        time.sleep(0.05)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed")
-    return time.perf_counter() - start, kilobytes / 1e6
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=output)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            kilobytes = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, kilobytes])[1])
+            time.sleep(0.02)
+        if process.returncode:
+            raise SystemExit(f"{command} failed")
+        output.seek(0)
+        return output.read(), time.perf_counter() - start, kilobytes / 1e6
 
 
-@cache
-def network_rates(arch: str) -> dict[str, float]:
-    """Images per second of training and extraction, GFLOP an image, and the matrix rate."""
-    _, autocast = prepare_device("cpu")
-    keep_freed_memory()
-    model = DHRNet(10, arch=arch).to(memory_format=torch.channels_last)
-    optimizers = build_optimizers(model, lr=0.01)
-    pool = torch.randint(0, 256, (5000, 32, 32, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (5000,))
-    generator = torch.Generator()
-
-    def step() -> None:
-        model.train()
-        index = torch.randperm(5000, generator=generator)[:BATCH]
-        batch = augment(pool, index, index % 2 == 0, 0, generator)
-        training_step(model, optimizers, batch, labels[index], "softmax", 1.0, autocast)
-
-    def extract() -> None:
-        model.eval()
-        with autocast:
-            model.activations(pool[:EXTRACTED].permute(0, 3, 1, 2))
-
-    side = 4096
-    a, b = torch.randn(2, side, side).to(torch.bfloat16 if autocast._enabled else torch.float32)
-    few = pool[:8].permute(0, 3, 1, 2), labels[:8]
-    train_gflop = gflop(lambda: training_step(model, [], *few, "softmax", 1.0, autocast)) / 8
-    extract_gflop = gflop(extract) / EXTRACTED
-    matrix, train, extraction = median_seconds(lambda: a @ b, step, extract)
-    return {
-        "matrix_gflops": 2 * side**3 / matrix / 1e9,
-        "train": BATCH / train,
-        "train_gflop": train_gflop,
-        "extract": EXTRACTED / extraction,
-        "extract_gflop": extract_gflop,
-    }
+def matrix_gflops(repeats: int) -> float:
+    """The rate that the hardware allows: one large product in the networks' number format."""
+    a, b = torch.randn(2, 4096, 4096).to(getattr(torch, number_format(torch.device("cpu"))))
+    return 2e-9 * 4096**3 / median_seconds(repeats, lambda: a @ b)[0]
 
 
-@cache
-def textbook_rate() -> float:
-    """Images per second of the textbook training loop on `vgg`."""
+def random_images(n: int) -> ImageSet:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (5000, 32, 32, 3), dtype=np.uint8)
-    steps = textbook_steps(DHRNet(10, arch="vgg"), images, rng.integers(0, 10, 5000))
-    (seconds,) = median_seconds(lambda: next(steps))
-    steps.close()
-    return TEXTBOOK_BATCH / seconds
+    return ImageSet(rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n))
 
 
-def recorded_epochs(name: str) -> list[list[str]]:
-    """The epoch lines, split into columns, of a recorded training run."""
-    path = RESULTS / name
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line.split() for line in lines if line[:5].strip().isdigit()]
+def one_epoch(arch: str) -> tuple[float, float]:
+    """Images per second, and peak memory in GB, of train_dhr_nn.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--arch", arch, "--epochs", 1, "--batch-size", 500, "--device", "cpu")
+        printed, _, peak = run("train_dhr_nn.py", *flags, "--out", f"{folder}/net.pt")
+    return float(re.findall(r"^ +1 +[\d.]+ +(\d+) ", printed, re.MULTILINE)[0]), peak
 
 
-def seconds_to_90(name: str, rate: float) -> float:
-    """Until a recorded run reached 90 % validation accuracy, at the rate measured now."""
-    reached = [int(row[0]) for row in recorded_epochs(name) if float(row[-1]) >= 0.9]
-    return min(reached, default=np.nan) * TRAIN_IMAGES / rate
+def training(repeats: int) -> Rows:
+    """One epoch against matrix rate and textbook loop; what the recorded default run took."""
+    gflop = gflop_per_image(DHRNet(10, arch="fast"))
+    if CIFAR10.is_dir():
+        floor = matrix_gflops(repeats) / gflop
+        rate, peak = one_epoch("fast")
+        yield "train fast, images/s; matrix rate", rate, floor, rate / floor, ">= 0.70"
+        yield "the same, peak GB", peak, None, peak, "<= 2"
+        rate, _ = one_epoch("vgg")
+        textbook = textbook_steps(DHRNet(10, arch="vgg"), *random_images(5000))
+        peer = TEXTBOOK_BATCH / median_seconds(repeats, lambda: next(textbook))[0]
+        yield "train vgg, images/s; textbook loop", rate, peer, rate / peer, ">= 4"
+    text = (ROOT / "benchmarks" / "results" / "train.txt").read_text()
+    epochs = len(re.findall(r"^ +\d+ +[\d.]+ ", text, re.MULTILINE))
+    pflop = epochs * 47_500 * gflop / 1e6  # training images of CIFAR-10
+    yield "recorded run, PFLOP; airbench94", pflop, AIRBENCH_PFLOP, pflop, "<= 0.40"
 
 
-def training() -> list[Row]:
-    """Images per second, and what a recorded run needed for its accuracy."""
-    fast, vgg, textbook = network_rates("fast"), network_rates("vgg"), textbook_rate()
-    floor = fast["matrix_gflops"] / fast["train_gflop"]
-    ours_90 = seconds_to_90("train.txt", fast["train"])
-    textbook_90 = seconds_to_90("textbook.txt", textbook)
-    epochs = recorded_epochs("train.txt")
-    pflop = len(epochs) * TRAIN_IMAGES * fast["train_gflop"] / 1e6
-    minutes = sum(float(row[1]) for row in epochs) / 60
-    return [
-        Row("train fast, images/s; matrix rate", f"{fast['train']:.0f}", f"{floor:.0f}",
-            fast["train"] / floor, ">= 0.70"),
-        Row("train vgg, images/s; textbook loop", f"{vgg['train']:.0f}", f"{textbook:.0f}",
-            vgg["train"] / textbook, ">= 4"),
-        Row("train to 90 %, s; textbook loop", f"{ours_90:.0f}", f"{textbook_90:.0f}",
-            textbook_90 / ours_90, ">= 30"),
-        Row("recorded run, PFLOP; airbench94", f"{pflop:.2f}", f"{AIRBENCH_PFLOP}",
-            pflop, "<= 0.40"),
-        Row("recorded run, minutes", f"{minutes:.1f}", "-", minutes, "<= 15"),
-    ]  # fmt: skip
-
-
-def extraction() -> list[Row]:
-    """Images per second with the decoder skipped, over both views where there are two."""
-    fast = network_rates("fast")
-    model = DHRNet(10, arch="fast").eval()
-    few = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    (loop,) = median_seconds(lambda: one_by_one(model, few))
-    floor = fast["matrix_gflops"] / fast["extract_gflop"]
-    return [
-        Row("extract, images/s; matrix rate", f"{fast['extract']:.0f}", f"{floor:.0f}",
-            fast["extract"] / floor, ">= 0.75"),
-        Row("extract, images/s; image by image", f"{fast['extract']:.0f}", f"{20 / loop:.0f}",
-            fast["extract"] * loop / 20, ">= 8"),
-    ]  # fmt: skip
+def extraction(repeats: int) -> Rows:
+    """Images per second with the decoder skipped, over both views."""
+    network, data = DHRNet(10, arch="fast").eval(), random_images(1000)
+    network.to(memory_format=torch.channels_last)
+    few = torch.from_numpy(data.images[:20]).permute(0, 3, 1, 2)
+    with FlopCounterMode(display=False) as counter:
+        network.logits_and_latents(few[:1])
+    floor = matrix_gflops(repeats) / counter.get_total_flops() * 1e9
+    whole, loop = median_seconds(
+        repeats, lambda: extract(network, data, 250), lambda: one_by_one(network, few)
+    )
+    rate, peer = len(data.labels) / whole, len(few) / loop
+    yield "extract, images/s; matrix rate", rate, floor, rate / floor, ">= 0.75"
+    yield "extract, images/s; image by image", rate, peer, rate / peer, ">= 8"
 
 
 def made_up(images: int, classes: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,186 +129,91 @@ def made_up(images: int, classes: int, dimensions: int) -> tuple[np.ndarray, np.
     return vectors, labels
 
 
-def openmax() -> list[Row]:
-    """Fit and score against other implementations; score against its distances alone."""
-    vectors, labels = made_up(IMAGES, CLASSES, DIMENSIONS)
-    logits = np.ascontiguousarray(vectors[:, :CLASSES])
-    model = OpenMax().fit(vectors, labels)
-    ours, ours_logits, score, kernel, loop, pytorch_ood = median_seconds(
-        lambda: OpenMax().fit(vectors, labels).predict_proba(vectors),
+def openmax(repeats: int) -> Rows:
+    """Milliseconds to fit and score against other implementations; to score against distances."""
+    vectors, labels = made_up(20_000, 10, 106)
+    logits = np.ascontiguousarray(vectors[:, :10])
+    fitted = OpenMax(num_logits=10).fit(vectors, labels)
+    seconds = median_seconds(
+        repeats,
+        lambda: OpenMax(num_logits=10).fit(vectors, labels).predict_proba(vectors),
+        lambda: loop_openmax(vectors, labels, 10) if libmr else None,
         lambda: OpenMax(25, 10).fit(logits, labels).predict_proba(logits),
-        lambda: model.predict_proba(vectors),
-        lambda: cdist(vectors, model.mean_activations_),
-        lambda: loop_openmax(vectors, labels, vectors, 20, 0, CLASSES),
         lambda: PytorchOodOpenMax().fit(logits, labels).predict(logits),
+        lambda: fitted.predict_proba(vectors),
+        lambda: cdist(vectors, fitted.mean_activations_),
     )
-    return [
-        Row("OpenMax fit + score, ms; loop with libMR", f"{1e3 * ours:.1f}", f"{1e3 * loop:.0f}",
-            loop / ours, ">= 60"),
-        Row("the same, 10 dimensions, ms; pytorch-ood", f"{1e3 * ours_logits:.1f}",
-            f"{1e3 * pytorch_ood:.0f}", pytorch_ood / ours_logits, ">= 350"),
-        Row("OpenMax score, ms; distances alone", f"{1e3 * score:.1f}", f"{1e3 * kernel:.1f}",
-            score / kernel, "<= 1.5"),
-    ]  # fmt: skip
+    ours, loop, small, peer, score, kernel = (1e3 * each for each in seconds)
+    if libmr:
+        yield "OpenMax fit + score, ms; loop with libMR", ours, loop, loop / ours, ">= 60"
+    yield "OpenMax on 10 logits, ms; pytorch-ood", small, peer, peer / small, ">= 350"
+    yield "OpenMax score, ms; distances alone", score, kernel, score / kernel, "<= 1.5"
 
 
-def growth() -> list[Row]:
-    """Time an image for more images and more classes; memory of a stream of many."""
+def growth(repeats: int) -> Rows:
+    """Microseconds per image for more images and more classes; memory of a stream of many."""
 
-    def per_image(images: int, classes: int) -> float:
+    def microseconds(images: int, classes: int) -> float:
         vectors, labels = made_up(images, classes, classes + 96)
-        (seconds,) = median_seconds(lambda: OpenMax(5).fit(vectors, labels).predict_proba(vectors))
-        return 1e6 * seconds / images
+        model = OpenMax(5, num_logits=classes)
+        seconds = median_seconds(repeats, lambda: model.fit(vectors, labels).predict_proba(vectors))
+        return 1e6 * seconds[0] / images
 
-    few, many = per_image(10_000, 10), per_image(1_000_000, 10)
-    narrow, wide = per_image(10_000, 100), per_image(10_000, 1000)
-    seconds, memory = in_process(__file__, "--stream", 1_000_000, 1000)
-    return [
-        Row("us an image, 10^6; 10^4 images", f"{many:.2f}", f"{few:.2f}", many / few, "about 1"),
-        # per class and dimension: a distance is a sum over the dimensions, to every class
-        Row("us an image, 1,000; 100 classes", f"{wide:.0f}", f"{narrow:.1f}",
-            wide / narrow / (1000 * 1096) * (100 * 196), "about 1"),
-        Row("10^6 x 1,000 classes, streamed, GB", f"{memory:.2f}", f"{seconds:.0f} s",
-            memory, "<= 2"),
-    ]  # fmt: skip
+    few, many = microseconds(10_000, 10), microseconds(1_000_000, 10)
+    yield "us per image, 10^6; 10^4 images", many, few, many / few, "about 1"
+    narrow, wide = microseconds(10_000, 100), microseconds(10_000, 1000)
+    growth = wide / narrow / (1000 * 1096) * (100 * 196)  # per class and dimension
+    yield "us per image, 1,000; 100 classes", wide, narrow, growth, "about 1"
+    _, seconds, peak = run("-c", STREAM)
+    yield f"10^6 x 1,000 classes in {seconds:.0f} s, peak GB", peak, None, peak, "<= 2"
 
 
 def stream(images: int, classes: int) -> None:
-    """Fit on 50 images a class, then score chunk after chunk, keeping one number an image."""
-    vectors, labels = made_up(50 * classes, classes, classes)
-    model = OpenMax().fit(vectors, labels)
+    """Fit to 50 images of each class, then score chunk by chunk, keeping one number per image."""
+    fitted = OpenMax().fit(*made_up(50 * classes, classes, classes))
     rng = np.random.default_rng(1)
     for _ in range(0, images, 10_000):
-        model.predict_proba(rng.normal(size=(10_000, classes)).astype(np.float32))[:, -1].copy()
+        fitted.predict_proba(rng.normal(size=(10_000, classes)).astype(np.float32))[:, -1].copy()
 
 
-def start() -> list[Row]:
-    """Seconds until --help and bad arguments are answered."""
-    scripts = ("train_dhr_nn.py", "compute_openmax.py")
-
-    def call(*command: str) -> Callable[[], object]:
-        return lambda: subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, check=False
-        )
-
-    commands = [[script, flag] for script in scripts for flag in ("--help", "--nonsense")]
-    python, *ours = median_seconds(call("-c", ""), *(call(*command) for command in commands))
-    return [
-        Row(f"{' '.join(command)}, ms; Python start", f"{1e3 * seconds:.0f}",
-            f"{1e3 * python:.0f}", seconds / python, "<= 3")
-        for command, seconds in zip(commands, ours, strict=True)
-    ]  # fmt: skip
+def photo(repeats: int) -> Rows:
+    """compute_openmax.py on one photograph of 12 megapixels, against its imports."""
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.effect_noise((4000, 3000), 64).save(file)
+        command = ("compute_openmax.py", "--device", "cpu", "--images", file.name)
+        imports = ("-c", "import compute_openmax")
+        whole, floor = median_seconds(repeats, lambda: run(*command), lambda: run(*imports))
+    yield "one photograph, s; imports alone", whole, floor, whole - floor, "<= 1"
 
 
-def memory() -> list[Row]:
-    """Peak of one epoch of the default training run, loading included."""
-    _, floor = in_process("-c", "import torch")
-    floor += 60_000 * 32 * 32 * 3 / 1e9
-    with tempfile.TemporaryDirectory() as folder:
-        _, peak = in_process(__file__, "--train-one-epoch", folder)
-    return [Row("train, peak GB; images + import torch", f"{peak:.2f}", f"{floor:.2f}",
-                peak, "<= 2")]  # fmt: skip
+def evaluation(repeats: int) -> Rows:
+    """The whole of compute_openmax.py, nothing cached, against its passes and PyTorch's import."""
+    if CIFAR10.is_dir():
+        printed, whole, peak = run("compute_openmax.py", "--no-cache", "--device", "cpu")
+        floor = float(re.findall(r"extract ([\d.]+) s", printed)[0]) + run("-c", "import torch")[1]
+        yield "compute_openmax.py, s; passes + torch", whole, floor, whole / floor, "<= 1.15"
+        yield "the same, peak GB", peak, None, peak, "<= 2"
 
 
-def train_one_epoch(folder: str) -> None:
-    """Train on real images, or on random ones of the same number where there are none."""
-    import open_set_data
-    import train_dhr_nn
-
-    if not (ROOT / "data" / "cifar-10-batches-py").is_dir():
-        rng = np.random.default_rng(0)
-
-        def random_set(count: int) -> open_set_data.ImageSet:
-            images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            return open_set_data.ImageSet(images, rng.integers(0, 10, count))
-
-        def read_random(*_: object) -> tuple[list[str], Any, Any]:
-            return list("abcdefghij"), random_set(50_000), random_set(10_000)
-
-        open_set_data._read_known = read_random
-    command = ["--epochs", "1", "--device", "cpu", "--out", f"{folder}/net.pt"]
-    raise SystemExit(train_dhr_nn.main(command))
+BENCHMARKS = {f.__name__: f for f in (training, extraction, openmax, growth, photo, evaluation)}
 
 
-def evaluation() -> list[Row]:
-    """The whole of compute_openmax.py on real images, nothing cached, against its forward passes
-    and the import of PyTorch."""
-    if not (ROOT / "data" / "cifar-10-batches-py").is_dir():
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        whole, peak = in_process("compute_openmax.py", "--no-cache", "--json", path)
-        extract = json.loads(path.read_text())["seconds"]["extract"]
-    importing, _ = in_process("-c", "import torch")
-    return [
-        Row("compute_openmax.py, s; passes + import", f"{whole:.1f}", f"{extract + importing:.1f}",
-            whole / (extract + importing), "<= 1.15"),
-        Row("compute_openmax.py, peak GB", f"{peak:.2f}", "-", peak, "-"),
-    ]  # fmt: skip
-
-
-def plan() -> None:
-    """What ImageNet-1k at 32x32 pixels would take, by arithmetic from what was measured here."""
-    fast = network_rates("fast")
-    images, classes = IMAGENET
-    epochs = len(recorded_epochs("train.txt"))
-    vectors, labels = made_up(10_000, 100, 196)
-    begin = time.perf_counter()
-    OpenMax().fit(vectors, labels).predict_proba(vectors)
-    nanoseconds = 1e9 * (time.perf_counter() - begin) / (10_000 * 100 * 196)
-    minutes = images * classes * (classes + 96) * nanoseconds / 6e10
-    train = images * epochs * fast["train_gflop"] / 1e6
-    passes = images * fast["extract_gflop"] / 1e6
-    print(
-        f"\nImageNet-1k, {images:,} images of 32x32 pixels, {classes:,} classes\n"
-        f"training: {train:.1f} PFLOP, {epochs} epochs, {fast['train_gflop']:.3f} GFLOP an image\n"
-        f"extraction: {passes:.2f} PFLOP, {fast['extract_gflop']:.3f} GFLOP an image\n"
-        f"OpenMax: {minutes:.0f} core minutes, {nanoseconds:.2f} ns a class and dimension"
-    )
-    for name, tflops in (
-        ("this machine", fast["train"] * fast["train_gflop"] / 1e3),
-        ("one GPU", GPU_SHARE * GPU_TFLOPS),
-        ("eight GPUs", 8 * GPU_SHARE * GPU_TFLOPS),
-    ):
-        print(
-            f"{name}, {tflops:.2f} TFLOP/s: {train * 1e3 / tflops / 60:.1f} min training, "
-            f"{passes * 1e3 / tflops / 60:.1f} min extraction"
-        )
-
-
-BENCHMARKS = {
-    function.__name__: function
-    for function in (training, extraction, openmax, growth, start, memory, evaluation)
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--stream", nargs=2, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--train-one-epoch", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.stream:
-        return stream(*args.stream)
-    if args.train_one_epoch:
-        return train_one_epoch(args.train_one_epoch)
-    torch.set_num_threads(args.threads)
-    threads = f"{args.threads} of {os.cpu_count()} CPUs"
-    print(f"{platform.processor() or platform.machine()}, {threads}, torch {torch.__version__}\n")
-    print(f"{'what; floor or peer':43}{'ours':>9}{'peer':>9}{'ratio':>10}  target")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--repeats", type=int, default=5, help="a median is taken of (default 5)")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}\n\n{'what; floor or peer':42}{'ours':>10}{'peer':>10}{'ratio':>10}  target")
     rows = []
     for name in args.names or BENCHMARKS:
-        for row in BENCHMARKS[name]():
-            print(
-                f"{row.what:43}{row.ours:>9}{row.peer:>9}{row.ratio:10.2f}  {row.target}",
-                flush=True,
-            )
-            rows.append(row._asdict())
-    if not args.names:
-        plan()
-    machine = {"machine": platform.machine(), "threads": args.threads, "torch": torch.__version__}
-    print(json.dumps({**machine, "rows": rows}))
+        for what, *figures, target in BENCHMARKS[name](args.repeats):
+            cells = ("-" if x is None else f"{x:,.{0 if x > 99 else 2}f}" for x in figures)
+            print(f"{what:42}{'{:>10}{:>10}{:>10}'.format(*cells)}  {target}", flush=True)
+            ours, peer, ratio = figures
+            rows.append(dict(what=what, ours=ours, peer=peer, ratio=ratio, target=target))
+    print(json.dumps({"machine": machine, "rows": rows}, allow_nan=False))
 
 
 if __name__ == "__main__":

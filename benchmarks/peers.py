@@ -1,23 +1,17 @@
-"""What the benchmarks are measured against: the same work as textbooks and other projects do it.
-
-    python benchmarks/peers.py | tee benchmarks/results/textbook.txt
-
-trains `vgg` on CIFAR-10 by the textbook loop until 90 % of the validation images are right, which
-takes hours on a CPU; bench.py takes the number of epochs from there.
-"""
+"""What the benchmarks are measured against: the same work as textbooks and other projects do it."""
 
 import sys
-import time
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.spatial import distance
 from scipy.stats import exponweib
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -25,14 +19,36 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import DHRNet
-from open_set_data import load_known
-from train_dhr_nn import accuracy
+from openmax import libmr
 
-BATCH = 128
+TEXTBOOK_BATCH = 128
+
+
+def loop_openmax(
+    vectors: np.ndarray, labels: np.ndarray, num_classes: int, tail_size: int = 20
+) -> np.ndarray:
+    """Probabilities [N, K + 1] as public ports of CROSR compute them: one image, one class, one
+    libMR object at a time, in the released code's form."""
+    means, models = [], []
+    for c in range(num_classes):
+        rows = [
+            x for x, y in zip(vectors, labels, strict=True) if y == c == x[:num_classes].argmax()
+        ]
+        means.append(np.mean(rows, axis=0))
+        models.append(libmr.MR())
+        distances = sorted(distance.euclidean(means[c], x) for x in rows)
+        models[c].fit_high(distances[-tail_size:], tail_size)
+    probabilities = []
+    for x in vectors:
+        exponentials = np.exp(x[:num_classes] - x[:num_classes].max())
+        w = [models[c].w_score(distance.euclidean(means[c], x)) for c in range(num_classes)]
+        known = [exponentials[c] / exponentials.sum() * (1 - w[c]) for c in range(num_classes)]
+        probabilities.append([*known, 1 - sum(known)])
+    return np.array(probabilities)
 
 
 class PytorchOodOpenMax:
-    """OpenMax of pytorch-ood 0.4.0 (Kirchheim, Apache-2.0), with its defaults but for logging.
+    """OpenMax of pytorch-ood 0.4.0 (Kirchheim, Apache-2.0), with its defaults, without its logging.
 
     Source: https://github.com/kkirchheim/pytorch-ood, pytorch_ood/detector/openmax/numpy.py and
     libnotmr.py. It knows logits only, and loops over the images.
@@ -81,7 +97,7 @@ class TextbookImages(Dataset):  # type: ignore[type-arg]
         self.images, self.labels = images, labels
         self.transform = transforms.Compose(
             [
-                transforms.RandomCrop(32, padding=4),
+                transforms.RandomCrop(images.shape[1], padding=4),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
             ]
@@ -94,19 +110,23 @@ class TextbookImages(Dataset):  # type: ignore[type-arg]
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def textbook_steps(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> Iterator[None]:
+def textbook_steps(
+    network: DHRNet, images: np.ndarray, labels: np.ndarray, workers: int = 2
+) -> Iterator[None]:
     """Train in float32 and the default memory layout with momentum SGD; yields after each step.
 
     Rate, batch size and weight decay are those of the released CROSR code.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(TextbookImages(images, labels), BATCH, shuffle=True, num_workers=2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    batches = DataLoader(
+        TextbookImages(images, labels), TEXTBOOK_BATCH, shuffle=True, num_workers=workers
+    )
     for epoch in count():
         optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (epoch // 25)
-        for batch, target in loader:
-            logits, reconstruction, _ = model(batch)
+        for batch, target in batches:
+            logits, reconstruction, _ = network(batch)
             loss = F.cross_entropy(logits, target)
-            loss = loss + F.mse_loss(reconstruction, model.normalize(batch))
+            loss = loss + F.mse_loss(reconstruction, network.normalize(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -114,37 +134,12 @@ def textbook_steps(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> 
 
 
 @torch.no_grad()
-def one_by_one(model: nn.Module, images: Tensor) -> list[list[Tensor]]:
+def one_by_one(network: DHRNet, images: Tensor) -> list[list[Tensor]]:
     """Logits and pooled latents as public ports of CROSR extract them: one image at a time, in
     float32, decoder included; over both views where the network takes two."""
     features = []
     for image in images.split(1):
-        for view in [image, image.flip(-1)] if model.config["mirrored"] else [image]:
-            logits, _, latents = model(view)
+        for view in [image, image.flip(-1)] if network.config["mirrored"] else [image]:
+            logits, _, latents = network(view)
             features.append([logits, *(F.adaptive_max_pool2d(z, 1).flatten(1) for z in latents)])
     return features
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    data = load_known("cifar10", ROOT / "data")
-    images, labels = data.train
-    model = DHRNet(10, arch="vgg")
-    model.fit_input_statistics(torch.from_numpy(images[:5000]).permute(0, 3, 1, 2))
-    float32 = torch.autocast("cpu", enabled=False)
-    steps = textbook_steps(model, images, labels)
-    print("epoch  seconds  val acc")
-    for epoch in count(1):
-        start = time.perf_counter()
-        for _ in islice(steps, -(-len(images) // BATCH)):
-            pass
-        seconds = time.perf_counter() - start
-        right = accuracy(model, data.val, 500, torch.device("cpu"), float32)
-        model.train()
-        print(f"{epoch:5d}  {seconds:7.1f}  {right:7.4f}", flush=True)
-        if right >= 0.9:
-            return
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
 """The field's standard splits: train on some classes, measure on the others; mean and std of five.
 
     python benchmarks/splits.py cifar10 cifar+10 cifar+50   # default: all whose images are on disk
-    python benchmarks/splits.py --splits 1 --arch deep --epochs 20
+    python benchmarks/splits.py cifar10 --splits 1 --arch deep --epochs 20
 
-Flags that are not its own go to train_dhr_nn.py. Each split is trained and measured by the two
-scripts and kept in --out: call again to go on after a stop. Prints AUROC and OSCR beside published
-AUROCs; writes benchmarks/results/splits.json.
+Flags that are not its own go to train_dhr_nn.py, which trains each network. Networks and figures
+are kept in --out: call again to go on after a stop. Prints AUROC and OSCR beside published AUROCs;
+writes benchmarks/results/splits.json.
 
 The class lists are those of ARPL (Chen et al. 2021, github.com/iCGY96/ARPL, split.py) and of Vaze
 et al. 2022 (github.com/sgvaze/osr_closed_set_all_you_need, osr_splits.py), which agree. In both,
@@ -18,17 +18,31 @@ import argparse
 import json
 import shlex
 import statistics
+import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import compute_openmax
-import train_dhr_nn
+from activations import extract, prepare_device
+from methods import OpenMaxSettings, build_methods
+from metrics import open_set_metrics
+from models import load_checkpoint
+from open_set_data import (
+    ImageSet,
+    ImagesUnavailable,
+    fit_to,
+    load_cifar100_test,
+    load_known,
+)
+from openmax import UNKNOWN
 
+# Indices into the sorted class names.
 KNOWN = {
     "mnist": ["2 4 5 9 8 3", "3 2 6 9 4 0", "5 8 3 2 4 6", "3 7 8 4 0 5", "6 3 4 9 8 2"],
     "svhn": ["5 3 7 2 8 6", "3 8 7 6 2 5", "8 9 4 7 2 1", "3 8 2 5 0 6", "4 9 2 7 1 0"],
@@ -64,14 +78,6 @@ CIFAR100_UNKNOWN = {
         "50 98 32 1 75 83 4 51 35 80 11 74 66 36 42 33 2 3 97 46 21 64 63 88 43",
     ],
 }
-ON_DISK = {
-    "mnist": ["MNIST"],
-    "svhn": ["train_32x32.mat", "test_32x32.mat"],
-    "cifar10": ["cifar-10-batches-py"],
-    "cifar+10": ["cifar-10-batches-py", "cifar100/test"],
-    "cifar+50": ["cifar-10-batches-py", "cifar100/test"],
-    "tiny-imagenet": ["tiny-imagenet-200/wnids.txt"],
-}
 PUBLISHED = {  # AUROC in %, as reprinted in later papers
     "Softmax": {"mnist": 97.8, "svhn": 88.6, "cifar10": 67.7, "cifar+10": 81.6, "cifar+50": 80.5,
                 "tiny-imagenet": 57.7},
@@ -88,69 +94,90 @@ PUBLISHED = {  # AUROC in %, as reprinted in later papers
 }  # fmt: skip
 
 
-def known_classes(protocol: str, split: int, data_dir: Path) -> str:
-    """--known-classes of a split; TinyImageNet's indices are into its sorted names."""
-    indices = KNOWN[protocol][split].split()
-    if protocol == "tiny-imagenet":
-        names = sorted((data_dir / ON_DISK[protocol][0]).read_text().split())
-        indices = [names[int(index)] for index in indices]
-    return ",".join(indices)
+Figures = dict[str, dict[str, float]]  # of each method, and the closed-set accuracy
 
 
-def unknown_sets(protocol: str, split: int, data_dir: Path) -> list[str]:
-    """--unknown of a split; none for the data set's own classes left out."""
-    if protocol not in CIFAR100_UNKNOWN:
-        return []
-    folders = sorted((data_dir / "cifar100" / "test").iterdir())
-    chosen = CIFAR100_UNKNOWN[protocol][split].split()
-    return ["--unknown", *(f"folder:{folders[int(index)]}" for index in chosen)]
+def on_disk(protocol: str, data_dir: Path) -> bool:
+    """Whether a protocol's images are in the data folder."""
+    paths = {
+        "mnist": "MNIST", "svhn": "train_32x32.mat", "tiny-imagenet": "tiny-imagenet-200/train"
+    }  # fmt: skip
+    cifar100 = any((data_dir / path).is_dir() for path in ("cifar-100-python", "cifar100/test"))
+    there = (data_dir / paths.get(protocol, "cifar-10-batches-py")).exists()
+    return there and (cifar100 or protocol not in CIFAR100_UNKNOWN)
 
 
-def call(script: ModuleType, *flags: str) -> None:
-    """Run one of the two scripts; its errors end this one."""
-    print(f"\n$ python {Path(str(script.__file__)).name} {shlex.join(flags)}", flush=True)
-    if status := script.main(list(flags)):
+def training_flags(
+    checkpoint: Path, dataset: str, known_classes: str, args: argparse.Namespace
+) -> list[str]:
+    """The flags of train_dhr_nn.py that train a network, or go on where a stopped run was."""
+    flags = ["--dataset", dataset, "--known-classes", known_classes, "--out", str(checkpoint)]
+    flags += ["--data-dir", str(args.data_dir), "--device", args.device, *args.training]
+    return flags + ["--resume"] * Path(f"{checkpoint}.partial").exists()
+
+
+def train(flags: Sequence[str]) -> None:
+    """Run train_dhr_nn.py; where it stops, this script stops too."""
+    print(f"\n$ python train_dhr_nn.py {shlex.join(flags)}", flush=True)
+    command = [sys.executable, str(ROOT / "train_dhr_nn.py"), *flags]
+    if status := subprocess.run(command, check=False).returncode:
         raise SystemExit(status)
 
 
-def train(checkpoint: Path, dataset: str, known_classes: str, args: argparse.Namespace) -> None:
-    """Train a network, or go on training it, unless it is there already."""
-    flags = ["--dataset", dataset, "--known-classes", known_classes, "--out", str(checkpoint)]
-    flags += ["--data-dir", str(args.data_dir), "--device", args.device, *args.training]
-    if Path(f"{checkpoint}.partial").exists():
-        flags.append("--resume")
-    if not checkpoint.exists():
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        call(train_dhr_nn, *flags)
+def cifar100_images(protocol: str, split: int, data_dir: Path) -> np.ndarray:
+    """The test images of the CIFAR-100 classes that are unknown in a split."""
+    images, labels = load_cifar100_test(data_dir)
+    return images[np.isin(labels, [int(i) for i in CIFAR100_UNKNOWN[protocol][split].split()])]
 
 
-def run_split(protocol: str, split: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Train and measure a split; AUROC and OSCR of every method, and the closed-set accuracy.
+def measure(
+    checkpoint: Path, data_dir: Path, device: str, unknown: np.ndarray | None = None
+) -> Figures:
+    """AUROC and OSCR of every method, and the closed-set accuracy.
 
-    CIFAR-100 classes are measured one by one and averaged: they have 100 images each, and both
-    figures are linear in the unknown images.
+    Args:
+        checkpoint: a network trained on some classes of a data set.
+        data_dir: where images are found.
+        device: as in the scripts.
+        unknown: [N, H, W, C] uint8; None for the test images of the classes left out.
     """
-    dataset = "cifar10" if protocol.startswith("cifar") else protocol
-    known = known_classes(protocol, split, args.data_dir)
-    checkpoint = args.out / f"{dataset}-{known}.pt"
+    network, saved = load_checkpoint(checkpoint)
+    network.to(prepare_device(device)).to(memory_format=torch.channels_last)
+    trained, config = saved["train_args"], network.config
+    size = config["image_size"]
+    data = load_known(trained["dataset"], data_dir, trained["known_classes"], size)
+    unknown = data.test_unknown if unknown is None else fit_to(unknown, size, config["in_channels"])
+    image_sets = (data.train, data.val, data.test_known,
+                  ImageSet(unknown, np.full(len(unknown), UNKNOWN)))  # fmt: skip
+    train, val, known, others = (extract(network, images, 250) for images in image_sets)
+    accuracy = float(np.mean(known.logits.argmax(axis=1) == known.labels))
+    figures = {"accuracy": {"closed_set": accuracy}}
+    for name, method in build_methods(OpenMaxSettings()).items():
+        method.fit(train, val)
+        scores = method.score(known), known.labels, method.score(others)
+        measured = open_set_metrics(*scores, method.threshold_)
+        figures[name] = {metric: measured[metric] for metric in ("auroc", "oscr")}
+    return figures
+
+
+def run_split(protocol: str, split: int, args: argparse.Namespace) -> Figures:
+    """Train and measure one split, or read what an earlier call measured."""
     results = args.out / f"{protocol}-{split}.json"
-    train(checkpoint, dataset, known, args)
     if not results.exists():
-        flags = ["--data-dir", str(args.data_dir), "--device", args.device, "--no-cache"]
-        flags += ["--json", str(results), *unknown_sets(protocol, split, args.data_dir)]
-        with redirect_stdout(None):  # CIFAR+50 would print fifty tables
-            call(compute_openmax, "--checkpoint", str(checkpoint), *flags)
-    measured = json.loads(results.read_text())
-    return {"accuracy": {"closed_set": measured["closed_set_accuracy"]}} | {
-        method: {
-            metric: statistics.fmean(figures[metric] for figures in sets.values())
-            for metric in ("auroc", "oscr")
-        }
-        for method, sets in measured["methods"].items()
-    }
+        unknown = None
+        if protocol in CIFAR100_UNKNOWN:  # they may have to be downloaded: before training
+            unknown = cifar100_images(protocol, split, args.data_dir)
+        dataset = "cifar10" if protocol.startswith("cifar") else protocol
+        known_classes = ",".join(KNOWN[protocol][split].split())
+        checkpoint = args.out / f"{dataset}-{known_classes}.pt"
+        if not checkpoint.exists():
+            train(training_flags(checkpoint, dataset, known_classes, args))
+        figures = measure(checkpoint, args.data_dir, args.device, unknown)
+        results.write_text(json.dumps(figures))
+    return json.loads(results.read_text())
 
 
-def summarize(splits: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+def summarize(splits: list[Figures]) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation of every figure over the splits."""
     return {
         method: {
@@ -187,21 +214,30 @@ def main(argv: list[str] | None = None) -> None:
     add("protocols", nargs="*", metavar="PROTOCOL", help=f"of {', '.join(KNOWN)}")
     add("--splits", type=int, default=5, choices=range(1, 6), help="the first N (default 5)")
     add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")
-    add("--out", type=Path, default=ROOT / "data" / "splits", help="checkpoints and their results")
+    help_of_out = "networks and their figures, of one set of training flags (default data/splits)"
+    add("--out", type=Path, default=ROOT / "data" / "splits", help=help_of_out)
     add("--device", default="auto", help="as in the scripts (default auto)")
     add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "splits.json")
     args, args.training = parser.parse_known_args(argv)
-    there = [p for p, paths in ON_DISK.items() if all((args.data_dir / x).exists() for x in paths)]
-    if missing := set(args.protocols) - set(there):
-        parser.error(f"{', '.join(sorted(missing))}: expected of {', '.join(there)}, whose images "
-                     f"are in {args.data_dir}")  # fmt: skip
+    if unheard_of := set(args.protocols) - set(KNOWN):
+        parser.error(f"no protocol {', '.join(unheard_of)}; expected of {', '.join(KNOWN)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    trained_with = args.out / "training.json"
+    if trained_with.exists() and json.loads(trained_with.read_text()) != args.training:
+        parser.error(f"{args.out} holds networks of other training flags; choose another --out")
+    trained_with.write_text(json.dumps(args.training))
     recorded = json.loads(args.json.read_text()) if args.json.exists() else {}
-    for protocol in args.protocols or there:
-        splits = [run_split(protocol, split, args) for split in range(args.splits)]
-        summary = summarize(splits)
-        print_protocol(protocol, summary, len(splits))
-        recorded[protocol] = {"training": args.training, "splits": splits, "mean_and_std": summary}
-        args.json.write_text(json.dumps(recorded, indent=2) + "\n")
+    try:
+        for protocol in args.protocols or [each for each in KNOWN if on_disk(each, args.data_dir)]:
+            splits = [run_split(protocol, split, args) for split in range(args.splits)]
+            summary = summarize(splits)
+            print_protocol(protocol, summary, len(splits))
+            recorded[protocol] = {
+                "training": args.training, "splits": splits, "mean_and_std": summary
+            }  # fmt: skip
+            args.json.write_text(json.dumps(recorded, indent=2) + "\n")
+    except (ImagesUnavailable, ValueError) as error:
+        raise SystemExit(f"splits.py: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,20 +1,35 @@
-"""The published splits, and what the benchmarks make of results; stand-ins play the networks."""
+"""The published splits, and that what the benchmarks compare computes the same on both sides."""
 
+import argparse
+import hashlib
 import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import ablation
+import bench
 import numpy as np
+import peers
 import pytest
+import ship
 import splits
-import sweep
-from test_scripts import digits_net  # noqa: F401
+import torch
+from PIL import Image
 
-import compute_openmax
-from metrics import auroc, oscr
-from openmax import Activations
+from activations import Activations, load_shipped
+from methods import DHROpenMax, stored_rule
+from models import DHRNet, load_checkpoint
+from open_set_data import KNOWN_SPLITS, load_known
+from openmax import OpenMax, libmr
 
-RULE = compute_openmax.Rule("max", "euclidean", 20, 0)
+
+def made_up_activations(seed, per_class=80, classes=5):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    logits = rng.normal(size=(len(labels), classes)) + 3 * np.eye(classes)[labels]
+    latents = rng.random((len(labels), 96)) + labels[:, None] / 9
+    return Activations(labels, *(x.astype(np.float32) for x in (logits, latents**2, latents)))
 
 
 @pytest.mark.parametrize("protocol", splits.KNOWN)
@@ -24,129 +39,84 @@ def test_splits_are_five_of_the_published_size(protocol):
     total = 200 if protocol == "tiny-imagenet" else 10
     assert [len(set(classes)) for classes in known] == [size] * 5
     assert all(0 <= int(index) < total for classes in known for index in classes)
-    assert set(splits.PUBLISHED["CROSR"]) == set(splits.KNOWN) == set(splits.ON_DISK)
+    assert protocol in splits.PUBLISHED["CROSR"]
 
 
 @pytest.mark.parametrize(("protocol", "count"), [("cifar+10", 10), ("cifar+50", 50)])
 def test_cifar_plus_n_takes_n_classes_of_cifar100(protocol, count, tmp_path):
     for index in range(100):
-        (tmp_path / "cifar100" / "test" / f"{index:02}").mkdir(parents=True)
-    for split in range(5):
-        flag, *folders = splits.unknown_sets(protocol, split, tmp_path)
-        assert flag == "--unknown"
-        assert len(set(folders)) == count
-        assert (
-            f"{int(Path(folders[0]).name)}" == splits.CIFAR100_UNKNOWN[protocol][split].split()[0]
-        )
-    assert splits.unknown_sets("cifar10", 0, tmp_path) == []
+        folder = tmp_path / "cifar100" / "test" / f"class{index:02}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / "0.png")
+    for split, classes in enumerate(splits.CIFAR100_UNKNOWN[protocol]):
+        images = splits.cifar100_images(protocol, split, tmp_path)
+        assert sorted(images[:, 0, 0, 0]) == sorted(map(int, classes.split()))
+        assert len(images) == count
 
 
-def test_tiny_imagenet_indices_are_into_sorted_names(tmp_path):
-    (tmp_path / "tiny-imagenet-200").mkdir()
-    names = [f"n{999 - index}" for index in range(200)]
-    (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("\n".join(names))
-    first = splits.known_classes("tiny-imagenet", 0, tmp_path).split(",")[0]
-    assert first == sorted(names)[108]
+def test_stopped_training_of_a_split_is_resumed(tmp_path):
+    args = argparse.Namespace(data_dir=tmp_path, device="cpu", training=["--epochs", "6"])
+    network = tmp_path / "net.pt"
+    flags = splits.training_flags(network, "digits", "0,1", args)
+    assert flags[-2:] == ["--epochs", "6"]
+    Path(f"{network}.partial").touch()
+    assert splits.training_flags(network, "digits", "0,1", args) == [*flags, "--resume"]
 
 
-def test_auroc_and_oscr_of_equal_sets_are_means_over_the_sets():
-    rng = np.random.default_rng(0)
-    known, correct = rng.integers(0, 9, 300).astype(float), rng.random(300) < 0.9
-    unknown = rng.integers(3, 12, (10, 40)).astype(float)
-    assert auroc(known, unknown.ravel()) == pytest.approx(
-        np.mean([auroc(known, each) for each in unknown]), abs=1e-12
-    )
-    assert oscr(known, correct, unknown.ravel()) == pytest.approx(
-        np.mean([oscr(known, correct, each) for each in unknown]), abs=1e-12
-    )
+def test_a_split_is_measured_on_the_classes_left_out(digits_net, tmp_path):
+    figures = splits.measure(digits_net, tmp_path, "cpu")
+    assert list(figures) == ["accuracy", "msp", "max_logit", "openmax", "crosr", "dhr_openmax"]
+    assert figures["accuracy"]["closed_set"] > 0.8
+    assert figures["dhr_openmax"]["oscr"] <= figures["dhr_openmax"]["auroc"] > 0.8
 
 
-def test_splits_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def trained(flags):
-        out = Path(flags[flags.index("--out") + 1])
-        calls.append(["train", flags[flags.index("--known-classes") + 1], "--resume" in flags])
-        partial = Path(f"{out}.partial")
-        if not calls[:-1]:
-            partial.touch()
-            return 130
-        partial.unlink(missing_ok=True)
-        out.touch()
-        return 0
-
-    def measured(flags):
-        calls.append(["measure"])
-        area = len(calls) / 10
-        results = {
-            "closed_set_accuracy": 0.9,
-            "methods": {"crosr": {"held-out-classes": {"auroc": area, "oscr": area}}},
-        }
-        Path(flags[flags.index("--json") + 1]).write_text(json.dumps(results))
-        return 0
-
-    monkeypatch.setattr(splits.train_dhr_nn, "main", trained)
-    monkeypatch.setattr(splits.compute_openmax, "main", measured)
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    flags = ["--splits", "2", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
-    flags += ["--json", str(tmp_path / "splits.json")]
-    with pytest.raises(SystemExit):
-        splits.main(["cifar10", *flags])
-    splits.main(["cifar10", *flags])
-    first, second = ("0,6,4,9,1,7", "7,6,4,9,0,1")
-    expected = [["train", first, False], ["train", first, True], ["measure"]]
-    assert calls == [*expected, ["train", second, False], ["measure"]]
-    recorded = json.loads((tmp_path / "splits.json").read_text())["cifar10"]
-    assert recorded["mean_and_std"]["crosr"]["auroc"] == pytest.approx([0.4, 0.2 / 2**0.5])
-    assert "CROSR (paper)" in capsys.readouterr().out
-    splits.main(["cifar10", *flags])
-    assert len(calls) == 5
-    with pytest.raises(SystemExit):
-        splits.main(["mnist", *flags])  # no images
+def test_unknown_images_of_a_split_are_brought_to_the_networks_channels(digits_net, tmp_path):
+    left_out = load_known("digits", tmp_path, "0,1,2,3,4,5").test_unknown
+    figures = splits.measure(digits_net, tmp_path, "cpu", left_out.repeat(3, axis=-1))
+    assert figures == splits.measure(digits_net, tmp_path, "cpu")
 
 
-def test_sweep_recommends_what_separates_left_out_classes():
-    rng = np.random.default_rng(0)
-
-    def activations(count, label_of):
-        labels = label_of(np.arange(count))
-        logits = rng.normal(size=(count, 4)) + 8 * np.eye(4)[labels]
-        latents = rng.random((count, 96))
-        return Activations(labels, logits, latents**2, latents)
-
-    folds = [sweep.Fold(*(activations(240, lambda i: i % 4) for _ in range(3))) for _ in range(2)]
-    means = sweep.mean_areas(folds)
-    assert set(means) == {"openmax", "crosr", "dhr_openmax"}
-    assert {tail for tail, _ in means["openmax"]} == {5, 10, 20, 50}  # of 60 images a class
-    assert {alpha for _, alpha in means["openmax"]} == {0, 1, 2, 3, 4}
-    assert all(0.4 < area < 0.6 for areas in means.values() for area in areas.values())
-    choices = sweep.variant_areas(folds)
-    assert choices["dhr_openmax"] == pytest.approx(
-        [fold.area(compute_openmax.dhr_openmax(fold.train, fold.val, RULE)) for fold in folds]
-    )
-    assert len({tuple(areas) for areas in choices.values()}) == len(choices)  # each does something
+@pytest.fixture
+def measured_splits(tmp_path):
+    """Flags of two splits of MNIST that are measured already."""
+    for split, area in enumerate((0.6, 0.8)):
+        figures = {"accuracy": {"closed_set": 0.9}, "crosr": {"auroc": area, "oscr": area}}
+        (tmp_path / f"mnist-{split}.json").write_text(json.dumps(figures))
+    return ["mnist", "--splits", "2", "--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
 
 
-def test_sweep_runs_on_networks_that_leave_classes_out(digits_net, tmp_path, capsys):  # noqa: F811
-    sweep.main([str(digits_net), "--data-dir", str(tmp_path), "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert out.count("<- recommended") == 3
-    assert json.loads(out.splitlines()[-1])["choices"]["dhr_openmax"][0] > 0.5
+def test_measured_splits_are_not_measured_again(measured_splits, tmp_path, capsys):
+    splits.main(measured_splits)
+    recorded = json.loads((tmp_path / "all.json").read_text())["mnist"]
+    assert recorded["mean_and_std"]["crosr"]["auroc"] == pytest.approx([0.7, 0.2 / 2**0.5])
+    printed = capsys.readouterr().out
+    assert "CROSR (paper)       99.1" in printed
+    assert "    70.0 +- 14.1" in printed
 
 
-def test_stand_ins_are_four_distortions_of_each_image():
-    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    enlarged, mixed, turned, exchanged = np.split(sweep.distorted(images), 4)
-    assert abs(enlarged[:, 15:17, 15:17].mean() - images[:, 15:17, 15:17].mean()) < 30
-    assert mixed.mean() == pytest.approx(images.mean(), abs=1)
-    assert (turned[:, 0, 0] == images[:, 0, -1]).all()
-    assert (exchanged[:, :16, :16] == images[:, 16:, 16:]).all()
+def test_splits_of_other_training_flags_are_refused(measured_splits, capsys):
+    splits.main(measured_splits)
+    with pytest.raises(SystemExit, match="2"):
+        splits.main([*measured_splits, "--epochs", "3"])
+    assert "other training flags" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_splits_train_and_measure(tmp_path, monkeypatch):
+    monkeypatch.setitem(splits.KNOWN, "digits", ["0 1 2", "3 4 5"])
+    flags = ["--splits", "2", "--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
+    flags += ["--epochs", "2", "--batch-size", "50", "--device", "cpu"]
+    splits.main(["digits", *flags])
+    recorded = json.loads((tmp_path / "all.json").read_text())["digits"]
+    assert recorded["training"] == ["--epochs", "2", "--batch-size", "50"]
+    assert [split["msp"]["auroc"] > 0.7 for split in recorded["splits"]] == [True, True]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"digits-0,1,2.pt", "digits-3,4,5.pt"}
 
 
 def test_ablation_starts_from_the_recorded_figures(capsys):
     path = ablation.ROOT / "benchmarks" / "results" / "evaluate.json"
     recorded = json.loads(path.read_text())["methods"]["dhr_openmax"]
-    ablation.main()
+    ablation.main([])
     rows = capsys.readouterr().out.splitlines()
     figures = [float(cell) for cell in rows[2].split()[1:]]
     expected = [
@@ -154,5 +124,112 @@ def test_ablation_starts_from_the_recorded_figures(capsys):
         for name in ablation.UNKNOWN_SETS
         for metric in ("auroc", "macro_f1")
     ]
-    assert figures == pytest.approx(expected, abs=0.25)
-    assert len(rows) >= 11
+    assert figures == pytest.approx(expected, abs=0.25)  # of quantised activations
+    assert len(rows) == 12
+
+
+def test_every_variant_changes_the_scores():
+    train, val, images = (made_up_activations(seed) for seed in range(3))
+    scores = [score(images).unknownness for _, score in ablation.variants(train, val)]
+    assert len({tuple(np.argsort(each)) for each in scores}) == len(scores) == 10
+
+
+def test_variant_with_the_rules_own_openmax_is_the_rule_without_its_offset():
+    train, val, images = (made_up_activations(seed) for seed in range(3))
+    rule = DHROpenMax().fit(train, val)
+    same = ablation.with_openmax(rule, train, 5, "mahalanobis")(images)
+    without_offset = rule.score(images).unknownness + float(rule.offset)
+    assert same.unknownness == pytest.approx(without_offset, abs=1e-5)
+    assert (same.nearest_class == rule.score(images).nearest_class).all()
+
+
+def test_ablation_compares_settings_on_classes_left_out(digits_net, tmp_path, capsys):
+    ablation.main([str(digits_net), "--data-dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = dict(line.rsplit(maxsplit=2)[:2] for line in printed.splitlines()[1:])
+    assert len(rows) == 4 + 10 + 5 + 2 * 5 * 5
+    assert rows["crosr"] == rows["crosr --tail-size 20 --alpha 0"]
+    assert rows["dhr_openmax"] == rows["dhr_openmax, tails of 20"]
+    assert float(rows["dhr_openmax"]) > 80
+
+
+def test_ablation_needs_classes_left_out():
+    with pytest.raises(SystemExit, match="leaves no class out"):
+        ablation.load_fold(ablation.ROOT / "dhr_net.pt", ablation.ROOT / "data")
+
+
+def test_shipped_activations_belong_to_the_refitted_checkpoint(digits_net, tmp_path):
+    Image.new("L", (16, 16), 99).save(tmp_path / "grey.png")
+    net, out = shutil.copy(digits_net, tmp_path / "net.pt"), tmp_path / "shipped.npz"
+    ship.ship(net, out, refit=True, unknown_sets=[f"folder:{tmp_path}"])
+    names = [*KNOWN_SPLITS, f"folder:{tmp_path}"]
+    sets = load_shipped(hashlib.sha256(net.read_bytes()).hexdigest(), names, out)
+    assert [len(each.labels) for each in sets.values()][3:] == [1]
+    rule, before = (stored_rule(*load_checkpoint(path)) for path in (net, digits_net))
+    threshold_scores = [each.score(sets["val"]).unknownness for each in (rule, before)]
+    assert threshold_scores[0] == pytest.approx(threshold_scores[1], rel=0.01, abs=0.1)
+
+
+@pytest.mark.skipif(libmr is None, reason="libMR is not installed")
+def test_the_loop_of_the_benchmark_computes_openmax():
+    train = made_up_activations(0)
+    vectors = train.vectors("max").astype(np.float64)
+    ours = OpenMax(10, num_logits=5).fit(vectors, train.labels).predict_proba(vectors)
+    assert np.abs(ours - peers.loop_openmax(vectors, train.labels, 5, 10)).max() < 1e-9
+
+
+def test_pytorch_oods_probabilities_sum_to_1():
+    train = made_up_activations(0)
+    probabilities = (
+        peers.PytorchOodOpenMax(alpha=5).fit(train.logits, train.labels).predict(train.logits)
+    )
+    assert probabilities.shape == (400, 6)
+    assert probabilities.sum(axis=1) == pytest.approx(1)
+
+
+def test_image_by_image_gives_the_same_activations():
+    network = DHRNet(3, image_size=16).eval()
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        logits, latents_max, _ = network.logits_and_latents(images)
+    views = [torch.cat(part, dim=1)[0] for part in peers.one_by_one(network, images)]
+    means = torch.stack(views).unflatten(0, (2, 2)).mean(dim=1)
+    assert torch.allclose(means, torch.cat([logits, latents_max], dim=1), atol=1e-5)
+
+
+def test_textbook_loop_learns():
+    labels = np.arange(256) % 2
+    images = np.zeros((256, 16, 16, 3), np.uint8) + 200 * labels[:, None, None, None].astype(
+        np.uint8
+    )
+    network = DHRNet(2, image_size=16)
+    list(islice(peers.textbook_steps(network, images, labels, workers=0), 6))
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images).permute(0, 3, 1, 2)).logits
+    assert (logits.argmax(dim=1).numpy() == labels).all()
+
+
+def test_last_line_of_the_benchmark_is_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "CIFAR10", tmp_path / "nothing")
+    bench.main(["training"])
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["what"] == "recorded run, PFLOP; airbench94"
+    assert row["ratio"] == pytest.approx(0.39, abs=0.01)
+
+
+def test_output_and_memory_of_a_command_are_read():
+    printed, seconds, peak = bench.run(
+        "-c", "import time; x = b' ' * 10**8; time.sleep(0.5); print(5)"
+    )
+    assert printed == "5\n"
+    assert seconds > 0.5
+    assert 0.1 < peak < 0.2
+
+
+def test_stream_scores_chunk_by_chunk():
+    bench.stream(20_000, 10)
+
+
+@pytest.mark.slow
+def test_extraction_is_measured():
+    assert [row[3] > 0 for row in bench.extraction(repeats=1)] == [True, True]

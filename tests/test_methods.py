@@ -1,55 +1,265 @@
-"""The five methods on made-up activations: their formulas, and which way their scores point."""
+"""The five methods on made-up activations, and the rule that checkpoints store and exports run."""
+
+import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import softmax
-from test_openmax import make_activations
+import torch
+import torch.nn.functional as F
+from scipy.special import expit, logit, softmax
 
-from compute_openmax import METHODS, Activations, Rule, activation_vectors
-from openmax import UNKNOWN
+from activations import Activations, extract
+from methods import (
+    DHROpenMax,
+    OpenMaxSettings,
+    Recogniser,
+    acceptance_interval,
+    build_methods,
+    stored_rule,
+)
+from models import DHRNet, load_checkpoint
+from open_set_data import ImageSet
+from openmax import UNKNOWN, OpenMax, Weibull
 
-RULE = Rule("max", "euclidean", 20, 0)
+ROOT = Path(__file__).parent.parent
+CLASSES, LATENTS = 4, 96  # three levels of 32
+METHODS = tuple(build_methods(OpenMaxSettings()))
 
 
 def make_set(seed, unknown=False):
-    vectors, labels = make_activations(seed, latents=96)
-    if unknown:  # low logits without a winner, latents far from all classes
-        vectors[:, :6] = vectors[:, :6].mean(axis=1, keepdims=True) - 4
-        vectors[:, 6:] += 3
-        labels = np.full(len(labels), UNKNOWN)
-    latents = vectors[:, 6:].astype(np.float32)
-    return Activations(labels, vectors[:, :6].astype(np.float32), 2 * latents, latents)
+    """Activations of 120 images: known ones have a class's latents and its logit on top."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(120) % CLASSES
+    centres = np.random.default_rng(99).gamma(2, 1, (CLASSES, LATENTS))
+    latents = (centres[labels] + rng.normal(0, 0.4, (120, LATENTS))).clip(0)
+    logits = rng.normal(0, 1, (120, CLASSES)) + 9 * np.eye(CLASSES)[labels]
+    if unknown:  # low logits without a winner, latents far from every class
+        logits, latents = logits.mean(axis=1, keepdims=True) + 0.3 * logits - 4, latents + 3
+        labels = np.full(120, UNKNOWN)
+    logits, latents = logits.astype(np.float32), latents.astype(np.float32)
+    return Activations(labels, logits, 2 * latents, latents)
+
+
+def fitted(name, **settings):
+    return build_methods(OpenMaxSettings(**settings))[name].fit(make_set(0), make_set(1))
+
+
+def test_methods_have_their_names_and_order():
+    assert METHODS == ("msp", "max_logit", "openmax", "crosr", "dhr_openmax")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_unknown_images_score_above_known_ones(name):
-    scorer = METHODS[name](make_set(0), make_set(1), RULE)
-    known, unknown = scorer(make_set(2)), scorer(make_set(3, unknown=True))
+    method = fitted(name)
+    known, unknown = method.score(make_set(2)), method.score(make_set(3, unknown=True))
     assert np.median(unknown.unknownness) > np.quantile(known.unknownness, 0.9)
     for scores in (known, unknown):
-        assert scores.probabilities.shape == (len(scores.unknownness), 7)
+        assert scores.probabilities.shape == (120, CLASSES + 1)
         assert ((scores.probabilities >= 0) & (scores.probabilities <= 1)).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_unknown_probability_grows_with_unknownness(name):
-    scores = METHODS[name](make_set(0), make_set(1), RULE)(make_set(2))
+    scores = fitted(name).score(make_set(2))
     order = np.argsort(scores.unknownness)
     assert (np.diff(scores.probabilities[order, UNKNOWN]) >= -1e-12).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_threshold_accepts_95_percent_of_validation_images(name):
+    method = fitted(name)
+    accepted = method.score(make_set(1)).unknownness <= method.threshold_
+    assert accepted.sum() == 114  # of 120
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_images_give_the_same_fit_to_the_bit(name):
+    first, second = fitted(name), fitted(name)
+    assert first.threshold_ == second.threshold_
+    for ours, theirs in zip(first.score(make_set(2)), second.score(make_set(2)), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_msp_and_max_logit_equal_their_formulas():
     images = make_set(2)
     logits = images.logits.astype(np.float64)
-    msp = METHODS["msp"](make_set(0), make_set(1), RULE)(images)
-    assert msp.unknownness == pytest.approx(1 - softmax(logits, axis=1).max(axis=1))
-    max_logit = METHODS["max_logit"](make_set(0), make_set(1), RULE)(images)
-    assert np.array_equal(max_logit.unknownness, -logits.max(axis=1))
-    assert max_logit.probabilities[:, 2] == pytest.approx(1 / (1 + np.exp(-logits[:, 2])))
+    unknownness, probabilities = fitted("msp").score(images)
+    assert unknownness == pytest.approx(1 - softmax(logits, axis=1).max(axis=1))
+    assert probabilities[:, :UNKNOWN] == pytest.approx(softmax(logits, axis=1))
+    unknownness, probabilities = fitted("max_logit").score(images)
+    assert unknownness == pytest.approx(-logits.max(axis=1))
+    assert probabilities[:, :UNKNOWN] == pytest.approx(expit(logits))
 
 
-def test_activation_vectors_are_logits_and_the_latents_asked_for():
-    images = make_set(0)
-    assert np.array_equal(activation_vectors(images, "none"), images.logits)
-    for pool, latents in (("max", images.latents_max), ("avg", images.latents_avg)):
-        assert np.array_equal(activation_vectors(images, pool), np.hstack([images.logits, latents]))
+@pytest.mark.parametrize(("name", "latents"), [("openmax", "none"), ("crosr", "avg")])
+def test_published_methods_are_openmax_on_logits_and_on_logits_with_latents(name, latents):
+    settings = {"latents": "avg", "distance": "eucos", "tail_size": 10, "alpha": 2}
+    train, images = make_set(0), make_set(2)
+    openmax = OpenMax(tail_size=10, alpha=2, distance="eucos", num_logits=CLASSES)
+    openmax.fit(train.vectors(latents), train.labels)
+    expected = openmax.predict_proba(images.vectors(latents))
+    unknownness, probabilities = fitted(name, **settings).score(images)
+    assert np.array_equal(probabilities, expected)
+    assert np.array_equal(unknownness, expected[:, UNKNOWN])
+
+
+# This project's rule
+
+
+@pytest.fixture
+def rule():
+    return fitted("dhr_openmax", tail_size=10)
+
+
+def printed_form(images):
+    """OpenMax on the logits as printed in the papers, all classes ranked, Mahalanobis distances."""
+    openmax = OpenMax(tail_size=10, alpha=CLASSES, distance="mahalanobis", num_logits=CLASSES)
+    train = make_set(0)
+    return openmax.fit(train.logits, train.labels).predict_proba(images.logits)
+
+
+def test_with_neutral_latents_the_rule_is_openmax(rule):
+    rule.offset.zero_()
+    rule.latent_tails[2] = np.inf  # no distance lies beyond the location: every w_l is 0
+    images = make_set(2)
+    log_odds, probabilities = rule.score(images)
+    expected = printed_form(images)
+    assert probabilities == pytest.approx(expected, abs=1e-12)
+    assert log_odds == pytest.approx(logit(expected[:, UNKNOWN]), abs=1e-9)
+
+
+def test_each_level_multiplies_the_odds_by_one_over_one_minus_w(rule):
+    """The docstring's formula, image by image and level by level."""
+    train, images = make_set(0), make_set(2)
+    correct = train.logits.argmax(axis=1) == train.labels
+    log_odds = logit(printed_form(images)[:, UNKNOWN])
+    for level in range(3):
+        columns = slice(32 * level, 32 * (level + 1))
+        factor = rule.latent_whitening[level].numpy()
+        tail = Weibull(*rule.latent_tails[:, level].numpy())
+        for i in range(len(images.labels)):
+            predicted = images.logits[i].argmax()
+            members = train.latents_avg[correct & (train.labels == predicted), columns]
+            offset = images.latents_avg[i, columns] - members.mean(axis=0, dtype=np.float64)
+            w = tail.cdf(np.linalg.norm(offset @ factor))
+            log_odds[i] -= np.log1p(-w)
+    assert rule.score(images).unknownness == pytest.approx(log_odds - rule.offset.item(), abs=1e-5)
+
+
+def test_the_rules_threshold_is_0_where_unknown_is_as_likely_as_not(rule):
+    scores = rule.score(make_set(1))
+    assert rule.threshold_ == 0
+    assert np.array_equal(scores.unknownness > 0, scores.probabilities[:, UNKNOWN] > 0.5)
+    assert scores.probabilities.sum(axis=1) == pytest.approx(np.ones(120), abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4, 1e12])
+def test_the_rule_stays_finite_whatever_the_scale(rule, scale):
+    images = make_set(2)
+    far = images._replace(
+        logits=images.logits * np.float32(scale), latents_avg=images.latents_avg * np.float32(scale)
+    )
+    unknownness, probabilities = rule.score(far)
+    assert np.isfinite(unknownness).all()
+    assert probabilities.sum(axis=1) == pytest.approx(np.ones(120))
+
+
+def test_interval_of_accepted_images_holds_in_simulation():
+    rng = np.random.default_rng(0)
+    for count in (20, 200):
+        low, high = acceptance_interval(count)
+        assert low < 0.95 < high
+        scores = np.sort(rng.random((20_000, count)), axis=1)
+        accepted = scores[:, int(np.ceil(0.95 * count)) - 1]  # share of U(0, 1) below the threshold
+        inside = np.mean((low <= accepted) & (accepted <= high))
+        assert inside == pytest.approx(0.95, abs=0.01)
+
+
+# Stored and exported
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A small network, its images, and a rule fitted to it: labels are its own answers."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.rand(400, 1, 4, 4, generator=generator)
+    pixels = (255 * F.interpolate(coarse, size=16, mode="bilinear")).byte()
+    network = DHRNet(3, 1, 16)
+    network.fit_input_statistics(pixels)
+    network.eval()
+    head = torch.nn.Linear(256, 3)  # with biases, so that all classes occur
+    head.weight.data = network.head[-1].weight.data
+    head.bias.data.zero_()
+    network.head[-1] = head
+    with torch.no_grad():
+        head.bias.data = -network.logits_and_latents(pixels)[0].median(dim=0).values
+    images = ImageSet(pixels.permute(0, 2, 3, 1).numpy(), np.zeros(400, np.int64))
+    activations = extract(network, images, 100)
+    activations = activations._replace(labels=activations.logits.argmax(axis=1))
+    return network, pixels[:50], DHROpenMax(tail_size=10).fit(activations, activations)
+
+
+def test_a_stored_rule_answers_as_the_fitted_one_to_the_bit(parts):
+    network, pixels, rule = parts
+    stored = stored_rule(network, {"open_set_rule": rule.state_dict()})
+    logits, _, latents_avg = network.logits_and_latents(pixels)
+    assert all(map(torch.equal, stored(logits, latents_avg), rule(logits, latents_avg)))
+
+
+def test_a_rule_in_the_form_of_version_0_1_answers_alike(parts):
+    network, pixels, rule = parts
+    weibull, levels = (dict(zip(Weibull._fields, t)) for t in (rule.tails, rule.latent_tails))  # noqa: B905
+    estimator = {
+        "openmax_": {"mean_activations_": rule.means, "whitening_": rule.whitening,
+                     "weibull_": weibull},
+        "latent_means_": list(rule.latent_means),
+        "latent_whitening_": list(rule.latent_whitening),
+        "weibull_": levels,
+        "offset_": rule.offset.item(),
+    }  # fmt: skip
+    stored = stored_rule(network, {"open_set_rule": {"estimator": estimator, "threshold": 0.0}})
+    logits, _, latents_avg = network.logits_and_latents(pixels)
+    assert all(map(torch.equal, stored(logits, latents_avg), rule(logits, latents_avg)))
+
+
+def test_the_shipped_rule_loads():
+    rule = stored_rule(*load_checkpoint(ROOT / "dhr_net.pt"))
+    assert rule.means.shape == (10, 10)
+    assert rule.latent_means.shape == (3, 10, 32)
+
+
+DAMAGE = {
+    "no rule": lambda state: None,
+    "no offset": lambda state: {k: v for k, v in state.items() if k != "offset"},
+    "text": lambda state: state | {"means": "text"},
+    "NaN": lambda state: state | {"offset": torch.tensor(float("nan"))},
+    "another shape": lambda state: state | {"tails": torch.ones(3, 5)},
+    "four classes": lambda state: fitted("dhr_openmax").state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_rule_is_refused_in_one_line(parts, kind):
+    network, _, rule = parts
+    state = DAMAGE[kind](copy.deepcopy(rule.state_dict()))
+    with pytest.raises(ValueError, match="the open-set rule in it is damaged") as caught:
+        stored_rule(network, {"open_set_rule": state})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.10's own
+def test_recogniser_and_its_export_give_the_rules_probabilities(parts, tmp_path):
+    network, pixels, rule = parts
+    recogniser = Recogniser(network, rule)
+    with torch.no_grad():
+        vectors = [part.numpy() for part in network.logits_and_latents(pixels)]
+        answers = recogniser(pixels)
+    expected = rule.score(Activations(np.zeros(50), *vectors)).probabilities
+    assert answers.numpy() == pytest.approx(expected, abs=1e-12)
+    batch = {0: torch.export.Dim("images")}
+    program = torch.export.export(recogniser, (pixels[:2],), dynamic_shapes=[batch])
+    torch.export.save(program, tmp_path / "recogniser.pt2")
+    loaded = torch.export.load(tmp_path / "recogniser.pt2").module()
+    assert torch.allclose(loaded(pixels), answers, atol=1e-6)

@@ -1,70 +1,37 @@
 """OpenMax against a literal loop with libMR, recorded values, and its own promises."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import loop_openmax, make_activations
 from scipy.spatial import distance as spd
+from scipy.special import softmax
 from sklearn.covariance import LedoitWolf
 
 import openmax
-from openmax import DISTANCES, UNKNOWN, DHROpenMax, OpenMax, fit_tail, fit_tail_scipy, recalibrate
+from openmax import DISTANCES, UNKNOWN, OpenMax, Weibull, fit_tail, fit_weibulls, recalibrate
 
 libmr = openmax.libmr
 needs_libmr = pytest.mark.skipif(libmr is None, reason="libMR is not installed")
 
 
-def make_activations(seed, num_classes=6, per_class=60, latents=9):
-    """Class-dependent [y, z] with some wrongly classified rows, and their labels."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(num_classes), per_class)
-    logits = rng.normal(size=(len(labels), num_classes)) + 3 * np.eye(num_classes)[labels]
-    z = np.maximum(rng.normal(size=(len(labels), latents)) + labels[:, None] / 3, 0)
-    return np.hstack([logits, z]), labels
+def fitted(train, labels, **settings):
+    return OpenMax(**{"num_logits": 6, **settings}).fit(train, labels)
 
 
-def loop_openmax(train, labels, images, tail_size, alpha, num_classes):
-    """The ports' computation: one image, one class, one live libMR object at a time."""
-    mavs, models = [], []
-    for c in range(num_classes):
-        rows = [
-            x
-            for x, y in zip(train, labels, strict=True)
-            if y == c and np.argmax(x[:num_classes]) == c
-        ]
-        mavs.append(np.mean(rows, axis=0))
-        distances = [spd.euclidean(mavs[c], row) for row in rows]
-        models.append(libmr.MR())
-        models[c].fit_high(sorted(distances)[-tail_size:], tail_size)
-    probabilities = []
-    for x in images:
-        y = x[:num_classes]
-        w = [models[c].w_score(spd.euclidean(mavs[c], x)) for c in range(num_classes)]
-        if alpha == 0:
-            exp = [math.exp(v - max(y)) for v in y]
-            known = [e / sum(exp) * (1 - w[c]) for c, e in enumerate(exp)]
-            probabilities.append([*known, 1 - sum(known)])
-        else:
-            weights = [0.0] * num_classes
-            for rank, c in enumerate(np.argsort(y)[::-1][:alpha]):
-                weights[c] = (alpha - rank) / alpha
-            revised = [y[c] * (1 - w[c] * weights[c]) for c in range(num_classes)]
-            revised.append(sum(y[c] * w[c] * weights[c] for c in range(num_classes)))
-            exp = [math.exp(v - max(revised)) for v in revised]
-            probabilities.append([e / sum(exp) for e in exp])
-    return np.array(probabilities)
+def are_probabilities(rows):
+    return (rows >= 0).all() and np.abs(rows.sum(axis=1) - 1).max() < 1e-12
 
 
 @needs_libmr
 @pytest.mark.parametrize("alpha", [0, 1, 3, 6])
 @pytest.mark.parametrize("tail_size", [5, 20])
 def test_equals_literal_loop_with_libmr(alpha, tail_size):
-    train, labels = make_activations(0)
+    train, labels = make_activations(0, per_class=120)  # so many that tails are not shortened
     images, _ = make_activations(1)
     images *= np.linspace(0.2, 2, len(images))[:, None]
-    model = OpenMax(tail_size, alpha).fit(train, labels)
+    model = fitted(train, labels, tail_size=tail_size, alpha=alpha)
     expected = loop_openmax(train, labels, images, tail_size, alpha, 6)
     assert np.abs(model.predict_proba(images) - expected).max() < 1e-12
 
@@ -77,20 +44,9 @@ def test_weibull_equals_recorded_libmr_value():
 
 
 def test_scipy_engine_equals_recorded_libmr_value():
-    scale, shape = fit_tail_scipy(np.array([6.0, 8.0, 10.0]))
+    scale, shape = openmax.fit_tail_scipy(np.array([6.0, 8.0, 10.0]))
     assert scale == pytest.approx(3.387857964985435, rel=2e-5)
     assert shape == pytest.approx(1.9212484258227571, rel=2e-5)
-
-
-@needs_libmr
-@pytest.mark.parametrize("scale", [0.1, 1, 30])
-@pytest.mark.parametrize("tail_size", [5, 20, 200])
-def test_scipy_engine_equals_live_libmr(tail_size, scale):
-    for seed in range(20):
-        tail = np.random.default_rng(seed).gamma(2, scale, tail_size)
-        model = libmr.MR()
-        model.fit_high(tail.tolist(), tail_size)
-        assert fit_tail_scipy(tail) == pytest.approx(model.get_params()[:2], rel=2e-5)
 
 
 @needs_libmr
@@ -98,18 +54,133 @@ def test_cdf_equals_live_libmr_w_score():
     tail = np.random.default_rng(0).gamma(2, 1, 20)
     model = libmr.MR()
     model.fit_high(tail.tolist(), 20)
-    weibull = openmax.Weibull(*fit_tail(tail))
     distances = np.linspace(-1, 30, 500)
     expected = [model.w_score(d) for d in distances]
-    assert np.abs(weibull.cdf(distances) - expected).max() < 1e-15
+    assert np.abs(Weibull(*fit_tail(tail)).cdf(distances) - expected).max() < 1e-15
 
 
-def test_whole_model_is_the_same_with_either_engine(monkeypatch):
-    train, labels = make_activations(0)
-    with_default = OpenMax().fit(train, labels).predict_proba(train)
+def odd_tail(seed):
+    """A tail of 5 to 500 values: smooth, tied, nearly equal, of any scale, or with an outlier."""
+    rng = np.random.default_rng(seed)
+    values = rng.gamma(rng.choice([0.05, 0.5, 2, 50]), 1, rng.choice([5, 6, 20, 500]))
+    kind = seed % 6
+    if kind == 1:
+        values = np.round(values * 3) / 3
+    elif kind == 2:
+        values = 1 + values * 10.0 ** rng.uniform(-17, 0)
+    elif kind == 3:
+        values[0] += 10.0 ** rng.uniform(0, 17)
+    elif kind == 4:
+        values = 10.0 ** rng.uniform(-20, 14, len(values))
+    elif kind == 5:
+        values[1:] = values[0] + 1
+    return values * (10.0 ** rng.uniform(-8, 8) if rng.random() < 0.5 else 1)
+
+
+def fit_or_none(tail):
+    try:
+        return fit_tail(tail)
+    except ValueError:
+        return None
+
+
+@needs_libmr
+def test_both_engines_fit_the_same_weibull_or_refuse_the_same_tail(monkeypatch):
+    tails = [odd_tail(seed) for seed in range(300)]
+    with_libmr = [fit_or_none(tail) for tail in tails]
     monkeypatch.setattr(openmax, "libmr", None)
-    with_scipy = OpenMax().fit(train, labels).predict_proba(train)
+    with_scipy = [fit_or_none(tail) for tail in tails]
+    assert sum(fit is None for fit in with_libmr) > 10
+    for tail, one, other in zip(tails, with_libmr, with_scipy, strict=True):
+        assert (one is None) == (other is None)
+        if one:
+            # libMR stops at 2e-6 of sigma = 1 / (shape * range of log t)
+            sigma = 1 / (np.log1p(np.ptp(tail)) * np.array([one[1], other[1]]))
+            assert sigma[0] == pytest.approx(sigma[1], abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_probabilities_are_the_same_with_either_engine(monkeypatch, distance):
+    train, labels = make_activations(0)
+    with_default = fitted(train, labels, distance=distance).predict_proba(train)
+    monkeypatch.setattr(openmax, "libmr", None)
+    with_scipy = fitted(train, labels, distance=distance).predict_proba(train)
     assert np.abs(with_default - with_scipy).max() < 1e-5
+
+
+def test_scipy_engine_fits_the_likeliest_weibull():
+    for seed in range(0, 60, 6):
+        tail = odd_tail(seed)
+        log_t = np.log1p(tail - tail.min())
+        z, spread = log_t - log_t.max(), np.ptp(log_t)
+
+        def log_likelihood(shape, z=z, spread=spread):  # with the best scale for that shape
+            return np.log(shape * spread) - np.log(np.mean(np.exp(shape * z))) + shape * z.mean()
+
+        _, shape = openmax.fit_tail_scipy(tail)
+        for factor in (0.99, 1.01):
+            assert log_likelihood(shape * factor) < log_likelihood(shape)
+
+
+@pytest.mark.parametrize("engine", ["libmr", "scipy"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        np.full(20, 3.0),
+        np.array([1, 2, 3, np.nan, 5]),
+        np.array([1, np.inf, 2, 3, 4]),
+        np.array([3.0] * 10 + [np.nextafter(3, 4)] * 10),
+        1e-17 * np.arange(20),
+        1e8 + 1e-6 * np.arange(20),
+        1e17 * np.arange(20),
+        np.append(np.arange(19), 1e300),
+    ],
+    ids=["equal", "nan", "inf", "one_ulp", "tiny", "digits_lost", "huge", "outlier"],
+)
+def test_tails_that_rounding_decides_are_refused(monkeypatch, engine, tail):
+    if engine == "scipy":
+        monkeypatch.setattr(openmax, "libmr", None)
+    with pytest.raises(ValueError, match=f"no Weibull fits the {len(tail)} largest distances"):
+        fit_tail(tail)
+
+
+def test_a_fit_that_fails_in_libmr_is_refused(monkeypatch):
+    class Failing:
+        MR = type("MR", (), {"fit_high": lambda *_: None, "get_params": lambda _: (0.0,) * 5})
+
+    monkeypatch.setattr(openmax, "libmr", Failing)
+    with pytest.raises(ValueError, match="no Weibull fits"):
+        fit_tail(np.arange(20.0))
+
+
+@pytest.mark.parametrize(
+    ("count", "tail"), [(5, 5), (20, 5), (24, 6), (79, 19), (80, 20), (5000, 20)]
+)
+def test_tail_is_at_most_the_far_quarter_and_20_from_80_images_on(count, tail):
+    assert openmax.adapted_tail_size(20, count) == tail
+    distances = np.random.default_rng(count).gamma(2, 1, count)
+    expected = fit_tail(np.sort(distances)[-tail:])
+    weibull = fit_weibulls([distances], 20, ["a"])
+    assert np.ravel(weibull) == pytest.approx(expected, rel=1e-12)
+
+
+def test_arrays_without_a_tail_are_named():
+    good = np.arange(30.0)
+    with pytest.raises(ValueError, match="level 2: 4 images; expected at least 5"):
+        fit_weibulls([good, good[:4]], 20, ["level 1", "level 2"])
+    with pytest.raises(ValueError, match="level 2: no Weibull fits"):
+        fit_weibulls([good, np.ones(30)], 20, ["level 1", "level 2"])
+
+
+def test_w_grows_with_distance_and_hazards_stay_finite():
+    weibull = Weibull(*np.array([[1e-8, 1.0, 1e8], [0.01, 3.0, 1e9], [-1e8, 0.0, 1e8]]))
+    distances = np.append(-1e300, np.geomspace(1e-8, 1e300, 99))[:, None]
+    distances = np.vstack([distances, np.inf]) + np.zeros(3)
+    for values in (weibull.cdf(distances), weibull.hazard(distances)):
+        assert (np.diff(values, axis=0) >= 0).all()
+        assert (values[0] == 0).all()
+    assert (weibull.cdf(np.inf) == 1).all()
+    assert np.isfinite(weibull.hazard(distances).sum(axis=1)).all()
 
 
 def test_mean_activations_use_correctly_classified_images_only():
@@ -118,94 +189,11 @@ def test_mean_activations_use_correctly_classified_images_only():
     assert not correct.all()
     spoilt = train.copy()
     spoilt[~correct, 6:] += 1e3
-    a, b = OpenMax().fit(train, labels), OpenMax().fit(spoilt, labels)
+    a, b = fitted(train, labels), fitted(spoilt, labels)
     assert np.array_equal(a.mean_activations_, b.mean_activations_)
+    assert np.array_equal(a.weibull_, b.weibull_)
     expected = [train[correct & (labels == c)].mean(axis=0) for c in range(6)]
     assert a.mean_activations_ == pytest.approx(np.array(expected), abs=1e-12)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("alpha", [0, 6])
-def test_permuting_classes_permutes_probabilities(distance, alpha):
-    train, labels = make_activations(2)
-    order = np.random.default_rng(0).permutation(6)
-    permuted = np.hstack([train[:, :6][:, order], train[:, 6:]])
-    a = OpenMax(20, alpha, distance).fit(train, labels).predict_proba(train)
-    b = (
-        OpenMax(20, alpha, distance)
-        .fit(permuted, np.argsort(order)[labels])
-        .predict_proba(permuted)
-    )
-    assert np.abs(a[:, [*order, UNKNOWN]] - b).max() < 1e-9
-
-
-@pytest.mark.parametrize("alpha", [0, 4])
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e4))
-def test_rows_are_probabilities_at_any_scale(alpha, seed, scale):
-    rng = np.random.default_rng(seed)
-    logits = scale * rng.normal(size=(50, 4))
-    probabilities = recalibrate(logits, rng.uniform(size=(50, 4)), alpha)
-    assert np.isfinite(probabilities).all()
-    assert (probabilities >= -1e-12).all()
-    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-9)
-
-
-def test_no_tail_mass_reduces_to_softmax():
-    logits = np.random.default_rng(0).normal(size=(30, 5))
-    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    assert recalibrate(logits, np.zeros_like(logits))[:, :UNKNOWN] == pytest.approx(softmax)
-    with_unknown = recalibrate(logits, np.zeros_like(logits), alpha=5)
-    assert with_unknown[:, :UNKNOWN] / with_unknown[:, :UNKNOWN].sum(axis=1, keepdims=True) == (
-        pytest.approx(softmax)
-    )
-
-
-def test_batch_and_order_of_images_do_not_matter():
-    train, labels = make_activations(3)
-    images, _ = make_activations(4)
-    model = OpenMax().fit(train, labels)
-    together = model.predict_proba(images)
-    one_by_one = np.vstack([model.predict_proba(row[None]) for row in images[::-1]])[::-1]
-    assert np.array_equal(together, one_by_one)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x, y: (x, y, {"tail_size": 1000}), "tail_size is 1000; expected 5.."),
-        (lambda x, y: (x, y, {"tail_size": 3}), "tail_size is 3; expected 5.."),
-        (lambda x, y: (x, y, {"alpha": 7}), "alpha is 7; expected 0..6"),
-        (lambda x, y: (x, y, {"distance": "manhattan"}), "distance is 'manhattan'"),
-        (lambda x, y: (x, y[:-1], {}), "labels have shape"),
-        (lambda x, y: (x, y.astype(float), {}), "type float64"),
-        (lambda x, y: (x, y - 1, {}), r"labels lie in -1\.\.4"),
-        (lambda x, y: (x, y * 9, {}), r"labels lie in 0\.\.45; expected 0\.\.14"),
-        (lambda x, y: (np.where(x > 3, np.nan, x), y, {}), "NaN or infinity"),
-        (lambda x, y: (x[:, 0], y, {}), "activations have shape"),
-        (lambda x, y: (x, np.where(y == 2, 3, y), {}), "class 2 has no"),  # a class without images
-        (lambda x, y: (np.where(y[:, None] == 1, x[60], x), y, {}), "class "),  # equal distances
-    ],
-)
-def test_fit_refuses_what_it_cannot_fit(change, message):
-    x, y, options = change(*make_activations(0))
-    with pytest.raises(ValueError, match=message):
-        OpenMax(**options).fit(x, y)
-
-
-@pytest.mark.parametrize(
-    "bad", [np.full(20, 3.0), np.array([1, 2, 3, np.nan, 5.0]), [1, np.inf, 2, 3, 4]]
-)
-def test_tail_without_a_weibull_is_refused(bad):
-    with pytest.raises(ValueError, match="no Weibull fits"):
-        fit_tail(np.asarray(bad, float))
-
-
-def test_cosine_with_an_all_zero_vector_is_refused():
-    train, labels = make_activations(0)
-    model = OpenMax(distance="cosine").fit(train, labels)
-    with pytest.raises(ValueError, match="all-zero"):
-        model.predict_proba(np.zeros_like(train))
 
 
 def test_distances_equal_their_definitions():
@@ -221,69 +209,84 @@ def test_distances_equal_their_definitions():
         "eucos": lambda a, b: spd.euclidean(a, b) / 200 + spd.cosine(a, b),
         "mahalanobis": lambda a, b: spd.mahalanobis(a, b, inverse),
     }
-    assert set(definitions) == set(DISTANCES)
+    assert tuple(definitions) == DISTANCES
     for name, definition in definitions.items():
         expected = np.array([[definition(image, mean) for mean in means] for image in images])
-        distances = OpenMax(distance=name).fit(train, labels).distances(images)
+        distances = fitted(train, labels, distance=name).distances(images)
         assert distances == pytest.approx(expected, abs=1e-9)
 
 
-def make_levels(seed):
-    """Activation vectors of 6 logits and 3 levels of 4 latents."""
-    return make_activations(seed, latents=12)
+@pytest.mark.parametrize("distance", ["cosine", "eucos"])
+def test_cosine_with_an_all_zero_vector_is_refused(distance):
+    train, labels = make_activations(0)
+    model = fitted(train, labels, distance=distance)
+    with pytest.raises(ValueError, match="all-zero"):
+        model.predict_proba(np.zeros_like(train))
 
 
-def test_dhr_openmax_equals_its_formula():
-    """log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset."""
-    (train, labels), (held_out, _), (images, _) = map(make_levels, range(3))
-    model = DHROpenMax().fit(train, labels, held_out)
-    openmax_y = OpenMax(20, alpha=6, distance="mahalanobis").fit(train[:, :6], labels)
-    correct = train[:, :6].argmax(axis=1) == labels
-
-    def log_odds(rows):
-        unknown = openmax_y.predict_proba(rows[:, :6])[:, UNKNOWN]
-        total = np.log(unknown / (1 - unknown))
-        for level in range(3):
-            columns = slice(6 + 4 * level, 10 + 4 * level)
-            z, own = train[correct, columns], labels[correct]
-            means = np.array([z[own == c].mean(axis=0) for c in range(6)])
-            inverse = LedoitWolf(assume_centered=True).fit(z - means[own]).precision_
-
-            def distances(x, means=means, inverse=inverse, columns=columns):
-                return [
-                    spd.mahalanobis(row[columns], means[row[:6].argmax()], inverse) for row in x
-                ]
-
-            weibull = openmax.Weibull(*fit_tail(np.sort(distances(held_out))[-20:]))
-            total -= np.log(1 - weibull.cdf(distances(rows)))
-        return total
-
-    offset = np.sort(log_odds(held_out))[int(np.ceil(0.95 * len(held_out))) - 1]
-    expected = log_odds(images) - offset
-    assert model.decision_function(images) == pytest.approx(expected, abs=1e-9)
-    probabilities = model.predict_proba(images)
-    assert probabilities[:, UNKNOWN] == pytest.approx(1 / (1 + np.exp(-expected)), abs=1e-12)
-    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-12)
+def test_equal_images_of_a_class_have_no_covariance():
+    train, labels = np.eye(6).repeat(10, axis=0), np.arange(6).repeat(10)
+    with pytest.raises(ValueError, match="differ too little"):
+        fitted(train, labels, distance="mahalanobis")
 
 
-def test_dhr_openmax_accepts_the_given_share_of_held_out_images():
-    (train, labels), (held_out, _) = make_levels(0), make_levels(1)
-    model = DHROpenMax(accepted_share=0.9).fit(train, labels, held_out)
-    accepted = model.predict_proba(held_out)[:, UNKNOWN] <= 0.5
-    assert accepted.mean() == pytest.approx(0.9, abs=1 / len(held_out))
+@pytest.mark.parametrize("num_logits", [0, 6])
+@pytest.mark.parametrize("alpha", [0, 6])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_permuting_classes_permutes_probabilities(distance, alpha, num_logits):
+    train, labels = make_activations(2)
+    order = np.random.default_rng(0).permutation(6)
+    permuted = np.hstack([train[:, :6][:, order], train[:, 6:]])
+    model = OpenMax(20, alpha, distance, num_logits)
+    a = model.fit(train, labels).predict_proba(train)
+    b = model.fit(permuted, np.argsort(order)[labels]).predict_proba(permuted)
+    assert np.abs(a[:, [*order, UNKNOWN]] - b).max() < 1e-9
 
 
-def test_far_latents_make_an_image_unknown_whatever_the_logits():
-    (train, labels), (held_out, _) = make_levels(0), make_levels(1)
-    model = DHROpenMax().fit(train, labels, held_out)
-    far = train.copy()
-    far[:, 6:10] += 100
-    assert (model.predict_proba(far)[:, UNKNOWN] > 0.999).all()
-    extreme = np.hstack([1e4 * train[:, :6], train[:, 6:]])
-    assert np.isfinite(model.predict_proba(extreme)).all()
+@pytest.mark.parametrize("num_logits", [0, 6])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_batch_and_order_of_images_do_not_matter(distance, num_logits):
+    train, labels = make_activations(3)
+    images, _ = make_activations(4, per_class=400)  # more than one block of rows
+    model = fitted(train, labels, distance=distance, num_logits=num_logits)
+    together = model.predict_proba(images)
+    one_by_one = np.vstack([model.predict_proba(row[None]) for row in images[::-60]])
+    assert np.abs(together[::-60] - one_by_one).max() < 1e-12
 
 
-def test_dhr_openmax_refuses_columns_that_do_not_split():
-    train, labels = make_levels(0)
-    with pytest.raises(ValueError, match="3 equal levels"):
-        DHROpenMax().fit(train[:, :-1], labels, train[:, :-1])
+@pytest.mark.parametrize("alpha", [0, 1, 4])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.floats(-8, 8))
+def test_rows_are_probabilities_at_any_scale(alpha, seed, exponent):
+    rng = np.random.default_rng(seed)
+    logits = 10.0**exponent * rng.integers(-3, 4, size=(50, 4))  # with ties
+    assert are_probabilities(recalibrate(logits, rng.choice([0, 0.3, 1], (50, 4)), alpha))
+
+
+@pytest.mark.parametrize("alpha", [0, 6])
+@pytest.mark.parametrize("num_logits", [0, 6])
+def test_activations_of_1e4_give_probabilities(alpha, num_logits):
+    train, labels = make_activations(0)
+    model = fitted(train, labels, alpha=alpha, num_logits=num_logits)
+    assert are_probabilities(model.predict_proba(1e4 * train))
+    assert are_probabilities(model.predict_proba(-1e4 * train))
+
+
+def test_no_tail_mass_reduces_to_softmax():
+    logits = np.random.default_rng(0).normal(size=(30, 5))
+    plain = softmax(logits, axis=1)
+    assert recalibrate(logits, np.zeros_like(logits))[:, :UNKNOWN] == pytest.approx(plain)
+    known = recalibrate(logits, np.zeros_like(logits), alpha=5)[:, :UNKNOWN]
+    assert known / known.sum(axis=1, keepdims=True) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 300])
+def test_any_number_of_classes(num_classes):
+    train, labels = make_activations(0, num_classes, per_class=8)
+    train[np.arange(len(labels)), labels] += 10
+    for alpha in (0, num_classes):
+        model = OpenMax(5, alpha, num_logits=num_classes).fit(train, labels)
+        probabilities = model.predict_proba(train)
+        assert probabilities.shape == (len(train), num_classes + 1)
+        assert are_probabilities(probabilities)
+        assert np.isin(model.predict(train), [*range(num_classes), UNKNOWN]).all()

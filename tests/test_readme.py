@@ -1,8 +1,9 @@
-"""The README's figures are those of the recorded run, and the shipped files belong together."""
+"""What the texts say: figures equal their recorded runs, commands parse, and Python runs."""
 
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +11,47 @@ import pytest
 import torch
 
 import compute_openmax
-from models import load_checkpoint
-from open_set_data import load_known
+import train_dhr_nn
+from methods import OpenMaxSettings, build_methods
+from models import DHRNet, load_checkpoint
+from training import gflop_per_image
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
-RECORDED = json.loads((ROOT / "benchmarks" / "results" / "evaluate.json").read_text())
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+RECORDED = json.loads((RESULTS / "evaluate.json").read_text())
 SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 COLUMNS = ("auroc", "fpr_at_95_tpr", "macro_f1", "macro_f1_at_half")
+METHODS = tuple(build_methods(OpenMaxSettings()))
 
 
 def row_of(method, text):
     """Cells of the first table row of a method in a text."""
-    row = re.search(rf"^\| \*{{0,2}}`{method}`\*{{0,2}} \|(.*)\|$", text, re.MULTILINE).group(1)
+    row = re.search(rf"^\| \*{{0,2}}`{method}`[^|]*\|(.*)\|$", text, re.MULTILINE).group(1)
     return [cell.strip() for cell in row.split("|")]
 
 
-@pytest.mark.parametrize("method", compute_openmax.METHODS)
-def test_readme_table_holds_the_recorded_figures(method):
-    figures = [float(cell.strip("*")) for cell in row_of(method, README)]
-    expected = [100 * RECORDED["methods"][method][name][c] for name in SETS for c in COLUMNS]
-    assert figures == [round(value, 1) for value in expected]
+def percent(run, method, columns, sets=SETS):
+    return [f"{100 * run['methods'][method][name][c]:.1f}" for name in sets for c in columns]
+
+
+@pytest.mark.parametrize("method", ["msp", "openmax", "crosr", "dhr_openmax"])
+def test_front_table_holds_the_recorded_auroc(method):
+    assert row_of(method, README) == percent(RECORDED, method, ["auroc"])
+
+
+def test_claim_is_the_recorded_run():
+    accuracy, crop = RECORDED["closed_set_accuracy"], percent(RECORDED, "dhr_openmax", ["auroc"])[0]
+    claim = " ".join(README.split("![")[0].split())
+    assert f"{100 * accuracy:.1f} % closed-set accuracy" in claim
+    assert f"AUROC {crop}" in claim
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shipped_table_holds_the_recorded_figures(method):
+    text = BENCHMARKS.split("## The shipped network")[1]
+    assert row_of(method, text) == percent(RECORDED, method, COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -40,49 +61,65 @@ def test_readme_table_holds_the_recorded_figures(method):
         ("## The shipped network's training", "seeds-deep.json"),
     ],
 )
-@pytest.mark.parametrize("method", compute_openmax.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_table_of_seeds_holds_the_recorded_figures(method, title, record):
-    text = (ROOT / "benchmarks" / "README.md").read_text().split(title)[1]
-    runs = json.loads((ROOT / "benchmarks" / "results" / record).read_text())
+    runs = json.loads((RESULTS / record).read_text())
     figures = [
         100 * np.array([run["methods"][method][name][column] for run in runs])
         for name in SETS
         for column in COLUMNS[:3]
     ]
     cells = [f"{each.mean():.1f} ± {each.std(ddof=1):.1f}" for each in figures]
-    assert row_of(method, text) == cells
+    assert row_of(method, BENCHMARKS.split(title)[1]) == cells
 
 
-@pytest.mark.parametrize("method", compute_openmax.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_table_of_the_papers_network_holds_the_recorded_figures(method):
-    text = (ROOT / "benchmarks" / "README.md").read_text().split("## The paper's own table")[1]
-    released, ranked = json.loads((ROOT / "benchmarks" / "results" / "vgg.json").read_text())
+    text = BENCHMARKS.split("## The paper's own table")[1]
+    released, ranked = json.loads((RESULTS / "vgg.json").read_text())
     columns = ("macro_f1_at_half", "macro_f1", "auroc")
-
-    def cells(run):
-        return [
-            f"{100 * run['methods'][method][name][c]:.1f}" for name in SETS[:2] for c in columns
-        ]
-
     row = row_of(method, text)
-    assert row[1:4] + row[5:] == cells(released)
+    assert row[1:4] + row[5:] == percent(released, method, columns, SETS[:2])
     if method in ("openmax", "crosr"):
         row = row_of(f"{method}`, `--alpha 10", text)
-        assert row[1:4] + row[5:] == cells(ranked)
+        assert row[1:4] + row[5:] == percent(ranked, method, columns, SETS[:2])
 
 
-@pytest.mark.parametrize("method", compute_openmax.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_table_of_splits_holds_the_recorded_figures(method):
-    text = (ROOT / "benchmarks" / "README.md").read_text().split("standard splits")[1]
-    recorded = json.loads((ROOT / "benchmarks" / "results" / "splits.json").read_text())
+    text = BENCHMARKS.split("standard splits")[1]
+    recorded = json.loads((RESULTS / "splits.json").read_text())
     expected = [
         [100 * value for value in recorded[protocol]["mean_and_std"][method]["auroc"]]
         for protocol in ("cifar10", "cifar+10", "cifar+50")
     ]
-    cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
-    assert row_of(method, text) == cells
-    if method == "dhr_openmax":
-        assert all(cell in README for cell in cells)
+    assert row_of(method, text) == [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
+
+
+def epochs_of(record):
+    """The epoch lines, split into columns, of a recorded training run."""
+    lines = (RESULTS / record).read_text().splitlines()
+    return [line.split() for line in lines if line[:5].strip().isdigit()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "record", "line"),
+    [
+        ("fast", "train.txt", r"python train_dhr_nn.py +# CIFAR-10, (\d+) minutes"),
+        ("deep", "train-deep.txt", r"--arch deep +# the shipped network again, (\d+) minutes"),
+    ],
+)
+def test_minutes_are_those_of_the_recorded_training(arch, record, line):
+    minutes = sum(float(row[1]) for row in epochs_of(record)) / 60
+    assert int(re.search(line, README).group(1)) == pytest.approx(minutes, rel=0.05)
+
+
+@pytest.mark.parametrize("arch", train_dhr_nn.RECIPES)
+def test_pflop_of_a_recipe_are_those_that_pytorch_counts(arch):
+    recipe = train_dhr_nn.RECIPES[arch]
+    gflop = gflop_per_image(DHRNet(10, arch=arch))
+    pflop = 47_500 // recipe.batch_size * recipe.batch_size * recipe.epochs * gflop / 1e6
+    assert f"| `{arch}` | {pflop:.2g} |" in BENCHMARKS
 
 
 def test_recorded_run_is_of_the_shipped_checkpoint():
@@ -91,33 +128,61 @@ def test_recorded_run_is_of_the_shipped_checkpoint():
     assert RECORDED["activations"] == "extracted"
 
 
-def test_shipped_checkpoint_loads_and_says_how_it_was_made():
-    model, checkpoint = load_checkpoint(ROOT / "dhr_net.pt")
+def test_shipped_checkpoint_says_how_it_was_made():
+    network, checkpoint = load_checkpoint(ROOT / "dhr_net.pt")
     assert checkpoint["known_classes"][3] == "cat"
     assert checkpoint["git_commit"]
-    assert not model.training
+    assert not network.training
+    recipe = train_dhr_nn.RECIPES["deep"]._asdict()
+    assert recipe.items() <= checkpoint["train_args"].items()
     assert (ROOT / "dhr_net.pt").stat().st_size < 25e6
 
 
-@pytest.mark.skipif(not (ROOT / "data" / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10")
-def test_shipped_checkpoint_classifies_real_test_images():
-    model, _ = load_checkpoint(ROOT / "dhr_net.pt")
-    images, labels = load_known("cifar10", ROOT / "data").test_known
-    logits, *_ = model.activations(torch.from_numpy(images[:1000]).permute(0, 3, 1, 2))
-    assert (logits.argmax(dim=1).numpy() == labels[:1000]).mean() > 0.92
+SCRIPTS = {"train_dhr_nn.py": train_dhr_nn, "compute_openmax.py": compute_openmax}
+COMMANDS = sorted(
+    set(re.findall(r"^\s*\$?\s*python (\w+\.py.*?)(?:\s+#.*)?$", README + BENCHMARKS, re.MULTILINE))
+)
 
 
-def test_shipped_activations_give_the_recorded_figures_without_images(tmp_path, monkeypatch):
-    def no_images(*args):
-        raise compute_openmax.ImagesUnavailable("no images in this test")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_texts_parses(command):
+    script, *flags = shlex.split(command)
+    assert SCRIPTS[script].parse_args(flags)
 
-    monkeypatch.setattr(compute_openmax, "load_image_sets", no_images)
-    path = tmp_path / "results.json"
-    assert compute_openmax.main(["--unknown", *SETS, "--json", str(path)]) == 0
-    results = json.loads(path.read_text())
-    assert results["activations"] == "shipped"
-    for method, sets in RECORDED["methods"].items():
-        for name, metrics in sets.items():
-            ours = results["methods"][method][name]
-            differences = [abs(ours[column] - value) for column, value in metrics.items()]
-            assert np.max(differences) < 0.002, (method, name)
+
+@pytest.fixture(scope="module")
+def python_of_readme():
+    """The names that the README's Python leaves behind, run on random images and weights."""
+    rng = np.random.default_rng(0)
+    names = {
+        "images": torch.from_numpy(rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)),
+        "train_images": torch.rand(60, 3, 32, 32),
+        "torch": torch,
+    }
+    return names
+
+
+def test_python_in_the_readme_runs(python_of_readme, tmp_path, monkeypatch):
+    names = python_of_readme
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dhr_net.pt").symlink_to(ROOT / "dhr_net.pt")
+    exec(blocks[0], names)
+    assert names["logits"].shape == (4, 10)
+    exec(blocks[2], names)
+    assert (tmp_path / "recogniser.pt2").exists()
+    setup, use = blocks[1].split("openmax = ")
+    exec(setup, names)
+    vectors = names["vectors"]
+    names["train_labels"] = vectors(names["train_images"])[:, :3].argmax(axis=1)
+    names["images"] = torch.rand(5, 3, 32, 32)
+    names["train_labels"][:] = np.arange(60) % 3  # a network with random weights has one answer
+    biased = names["head"]
+    with torch.no_grad():
+        features = torch.from_numpy(vectors(names["train_images"])[:, 3:])
+        target = torch.eye(3)[torch.from_numpy(names["train_labels"])]
+        biased.weight.copy_(torch.linalg.lstsq(features, target).solution.T)
+        biased.bias.zero_()
+    exec("openmax = " + use, names)
+    assert set(names["openmax"].predict(vectors(names["images"]))) <= {-1, 0, 1, 2}

@@ -1,0 +1,213 @@
+"""What a network says of image sets: extraction, its cache, and the arrays shipped with dhr_net.pt.
+
+Also the device and the number format that a network runs in.
+"""
+
+import ctypes
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distributed import rank
+from models import LATENT_CHANNELS, DHRNet, replace_file
+from open_set_data import ImageSet, ImagesUnavailable
+
+CACHE_VERSION = 1  # raise it when the network computes something else from the same checkpoint
+SHIPPED_PATH = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
+
+
+class Activations(NamedTuple):
+    """What the network says of N images.
+
+    Attributes:
+        labels: [N] int64 class indices, `openmax.UNKNOWN` for images of unknown classes.
+        logits: [N, K] float32, y.
+        latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over
+            space.
+        latents_avg: [N, 32 L] float32, the same averaged over space.
+    """
+
+    labels: np.ndarray
+    logits: np.ndarray
+    latents_max: np.ndarray
+    latents_avg: np.ndarray
+
+    def vectors(self, latents: str) -> np.ndarray:
+        """[y, z], [N, K + 32 L], with z pooled by `max` or `avg`; y alone for `none`."""
+        if latents == "none":
+            return self.logits
+        return np.hstack([self.logits, self.latents_max if latents == "max" else self.latents_avg])
+
+
+def prepare_device(name: str) -> torch.device:
+    """Choose the device.
+
+    Args:
+        name: `auto` (a GPU where there is one), `cpu`, `cuda` (torchrun's processes take one each),
+            `cuda:1`, …
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process, under torchrun
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here; use --device cpu") from error
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The context to run a network in: bfloat16 where the device has units for it."""
+    if device.type == "cpu":
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    else:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
+
+
+def number_format(device: torch.device) -> str:
+    """`bfloat16` or `float32`, what `autocast` computes in."""
+    return "bfloat16" if autocast(device)._enabled else "float32"
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep memory freed from now on; otherwise every large allocation is mapped afresh
+    and page-faults. Call it after loading the images."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: never map a large block on its own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never hand the top of the heap back
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device or the machine is out of memory."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@torch.no_grad()
+def extract(
+    network: DHRNet, images: ImageSet, batch_size: int, title: str | None = None
+) -> Activations:
+    """Run a network, decoder skipped, over an image set.
+
+    Args:
+        network: in evaluation mode, on its device.
+        images: [N, H, W, C] uint8 and labels.
+        batch_size: images sent to the device at once; may move a score by 1e-4, since another size
+            takes other kernels, which round differently.
+        title: of the progress bar; None shows none.
+    """
+    device, count = network.mean.device, len(images.labels)
+    latents = LATENT_CHANNELS * len(network.bottlenecks)
+    widths = (network.config["num_classes"], latents, latents)
+    arrays = [np.empty((count, width), np.float32) for width in widths]
+    bar = tqdm(
+        total=count, desc=title, unit="img", unit_scale=True, leave=False,
+        disable=title is None or rank() > 0,
+    )  # fmt: skip
+    for start in range(0, count, batch_size):
+        batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
+        with autocast(device):
+            parts = network.logits_and_latents(batch.permute(0, 3, 1, 2))
+        for array, part in zip(arrays, parts, strict=True):
+            array[start : start + batch_size] = part.cpu().numpy()
+        bar.update(len(batch))
+    bar.close()
+    return Activations(images.labels, *arrays)
+
+
+def cache_key(checkpoint_sha256: str, images: ImageSet, device: torch.device) -> str:
+    """Hash of all that decides the activations: network, images, and arithmetic."""
+    arithmetic = f"{device.type} {number_format(device)} torch {torch.__version__}"
+    key = hashlib.sha256(f"{CACHE_VERSION} {checkpoint_sha256} {arithmetic}".encode())
+    for array in images:
+        key.update(f"{array.shape} {array.dtype}".encode())
+        key.update(np.ascontiguousarray(array).data)
+    return key.hexdigest()[:32]
+
+
+def cached(path: Path, make: Callable[[], Activations]) -> Activations:
+    """The activations stored at `path`. They are made, and stored, where there are none or the file
+    is damaged."""
+    try:
+        with open(path, "rb") as file, np.load(file) as stored:
+            return Activations(*(stored[field] for field in Activations._fields))
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged file can fail in any way
+        print(f"{path} is damaged ({error}); extracting again", file=sys.stderr)
+    activations = make()
+    if rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda file: np.savez(file, **activations._asdict()))
+        except OSError as error:
+            print(f"{path} could not be stored ({error}); going on without", file=sys.stderr)
+    return activations
+
+
+def write_shipped(
+    checkpoint_sha256: str, sets: dict[str, Activations], path: Path = SHIPPED_PATH
+) -> None:
+    """Write the arrays that ship with a checkpoint, for machines without images or network.
+
+    Logits are stored as float16, latents as uint8 between their smallest and largest value over all
+    sets, which moves no figure of the table by more than 0.002.
+    """
+    arrays = {"checkpoint": np.array(checkpoint_sha256)}
+    for field in ("latents_max", "latents_avg"):
+        values = np.concatenate([getattr(activations, field) for activations in sets.values()])
+        low, high = arrays[f"range/{field}"] = np.stack([values.min(axis=0), values.max(axis=0)])
+        for name, activations in sets.items():
+            levels = (getattr(activations, field) - low) / np.maximum(high - low, 1e-12) * 255
+            arrays[f"{name}/{field}"] = np.rint(levels).astype(np.uint8)
+    for name, activations in sets.items():
+        arrays[f"{name}/labels"] = activations.labels.astype(np.int16)
+        arrays[f"{name}/logits"] = activations.logits.astype(np.float16)
+    replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+def load_shipped(
+    checkpoint_sha256: str, names: Sequence[str], path: Path = SHIPPED_PATH
+) -> dict[str, Activations]:
+    """The activations of the named sets that ship with a checkpoint, see `write_shipped`.
+
+    Raises:
+        ImagesUnavailable: they belong to another checkpoint, lack one of the sets, or are damaged.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as stored:
+            if str(stored["checkpoint"]) != checkpoint_sha256:
+                raise ImagesUnavailable("no activations ship for this checkpoint")
+            sets = {}
+            for name in names:
+                if f"{name}/labels" not in stored:
+                    raise ImagesUnavailable(f"no activations ship for {name}")
+                latents = []
+                for field in ("latents_max", "latents_avg"):
+                    low, high = stored[f"range/{field}"]
+                    latents.append(low + stored[f"{name}/{field}"] * ((high - low) / 255))
+                labels, logits = stored[f"{name}/labels"], stored[f"{name}/logits"]
+                sets[name] = Activations(
+                    labels.astype(np.int64), logits.astype(np.float32), *latents
+                )
+            return sets
+    except ImagesUnavailable:
+        raise
+    except FileNotFoundError as error:
+        raise ImagesUnavailable("no activations ship with the checkpoint") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise ImagesUnavailable(f"{path} is damaged ({error})") from error

@@ -1,0 +1,49 @@
+"""Write the activations that ship with dhr_net.pt, for machines without images or network.
+
+python benchmarks/ship.py            # after training a new dhr_net.pt
+python benchmarks/ship.py --refit    # after a change of the open-set rule: fit it again first
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from activations import SHIPPED_PATH, extract, prepare_device, write_shipped
+from methods import DHROpenMax
+from models import NETWORK_KEYS, load_checkpoint, save_checkpoint
+from open_set_data import KNOWN_SPLITS, ImageSet, load_known, load_unknown
+from openmax import UNKNOWN
+
+UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
+
+
+def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNOWN_SETS) -> None:
+    network, saved = load_checkpoint(path)
+    network.to(prepare_device("auto")).to(memory_format=torch.channels_last)
+    args, size = saved["train_args"], network.config["image_size"]
+    known = load_known(args["dataset"], ROOT / "data", args["known_classes"], size)
+    image_sets = {name: getattr(known, name) for name in KNOWN_SPLITS}
+    for name in unknown_sets:
+        images = load_unknown(name, ROOT / "data", size, network.config["in_channels"])
+        image_sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
+    sets = {name: extract(network, images, 250, name) for name, images in image_sets.items()}
+    if refit:
+        saved["open_set_rule"] = DHROpenMax().fit(sets["train"], sets["val"]).state_dict()
+        entries = {key: entry for key, entry in saved.items() if key not in NETWORK_KEYS}
+        save_checkpoint(path, network.cpu(), **entries)
+    write_shipped(hashlib.sha256(path.read_bytes()).hexdigest(), sets, out)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--refit", action="store_true", help="fit the rule and write dhr_net.pt")
+    ship(ROOT / "dhr_net.pt", SHIPPED_PATH, parser.parse_args().refit)

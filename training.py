@@ -1,0 +1,168 @@
+"""The parts of training: augmented batches, the one-vs-rest loss, optimisers and their rate."""
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from distributed import rank, world_size
+from models import DHRNet
+
+SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
+GREY = 120  # of what cutout cuts out, about the mean of photographs
+WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
+MUON_MOMENTUM = 0.6
+ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
+ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+
+
+def augment(
+    images: Tensor, index: Tensor, mirrored: Tensor, cutout: int, generator: torch.Generator
+) -> Tensor:
+    """Take a batch of images, randomly translated, with the border reflected, and mirrored, and cut
+    a square out of each (DeVries and Taylor 2017, arXiv 1708.04552).
+
+    Args:
+        images: [N, H, W, C] uint8.
+        index: [B] int64, which images.
+        mirrored: [B] bool, which of them to mirror left to right.
+        cutout: side of the square in pixels, at most H; 0 for none.
+        generator: source of the translations and squares, on the images' device.
+
+    Returns:
+        [B, C, H, W] uint8 in channels-last memory order.
+    """
+    size = images.shape[1]
+    farthest = size // SHIFT_SHARE
+    shape, device = (2, len(index), 1), index.device
+    shift = torch.randint(-farthest, farthest + 1, shape, generator=generator, device=device)
+    pixels = torch.arange(size, device=device)
+    rows, columns = size - 1 - (size - 1 - (pixels + shift).abs()).abs()
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if cutout:
+        corner = torch.randint(size - cutout + 1, shape, generator=generator, device=device)
+        cut_rows, cut_columns = (pixels >= corner) & (pixels < corner + cutout)
+        batch[cut_rows[:, :, None] & cut_columns[:, None, :]] = GREY
+    return batch.permute(0, 3, 1, 2)
+
+
+def batches(
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    mirrored: bool,
+    cutout: int,
+    seed: int,
+    epoch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each batch of an epoch, augmented, with its labels.
+
+    All that is random here is seeded at the start of each epoch, so that a resumed run draws what
+    an uninterrupted one would have. Every image is mirrored every other epoch, as in airbench.
+
+    Args:
+        images: [N, H, W, C] uint8.
+        labels: [N] int64.
+        batch_size: of all processes together; what does not fill a batch is left out.
+        mirrored: False mirrors no image.
+        cutout: as for `augment`.
+        seed: of the run.
+        epoch: from 0.
+    """
+    count, share = len(images), batch_size // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    torch.manual_seed((seed * 100_003 + epoch) * world_size() + rank())  # of dropout
+    generator = torch.Generator(images.device).manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator, device=images.device)
+    mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
+    for index in order[: count // batch_size * batch_size].split(batch_size):
+        batch = augment(images, index, mirror[index], cutout, generator)
+        yield batch[mine], labels[index][mine]
+
+
+def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
+
+    Softmax ignores a constant added to all logits. This loss fixes each logit's absolute value,
+    which distances need.
+
+    Args:
+        logits: [N, K].
+        labels: [N] int64.
+    """
+    targets = F.one_hot(labels, logits.shape[1]).float()
+    entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    return entropies.sum(dim=1).mean()
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalised, for convolutions followed by normalisation.
+
+    Filters [out, in, h, w] are treated as [out, in * h * w] matrices and kept at norm sqrt(out).
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; constants from airbench.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                buffer.mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(buffer, alpha=group["momentum"])
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                weight.add_(orthogonalize(update.flatten(1)).view_as(weight), alpha=-group["lr"])
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Move the singular values of [m, n] to about 1 by three quintic Newton-Schulz iterations."""
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def build_optimizers(network: DHRNet, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the encoder's convolutions, AdamW for the biases, the classifier and the decoder."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    filters = [p for p in network.encoder.parameters() if p.requires_grad and p.ndim == 4]
+    in_filters = {id(p) for p in filters}
+    others = [p for p in trained if id(p) not in in_filters]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * lr},
+        {"params": [p for p in others if p.ndim == 1], "lr": ADAM_BIAS_RATE * lr},
+    ]
+    adam = torch.optim.AdamW(groups, betas=ADAM_BETAS, weight_decay=ADAM_WEIGHT_DECAY, fused=True)
+    optimizers = [Muon(filters, lr, MUON_MOMENTUM), adam]
+    for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def one_cycle(step: int, total_steps: int) -> float:
+    """Share of the peak rate at a step: a linear rise over the warm-up, then a linear fall to 0."""
+    warmup = WARMUP_SHARE * total_steps
+    return min((step + 1) / warmup, (total_steps - step) / (total_steps - warmup))
+
+
+def gflop_per_image(network: DHRNet) -> float:
+    """Forward and backward operations of one training image, as PyTorch counts them."""
+    trial = copy.deepcopy(network).eval()
+    size, channels = network.config["image_size"], network.config["in_channels"]
+    images = torch.zeros(1, channels, size, size, device=network.mean.device)
+    with FlopCounterMode(display=False) as counter:
+        logits, reconstruction, _ = trial(images)
+        (logits.sum() + reconstruction.sum()).backward()
+    return counter.get_total_flops() / 1e9

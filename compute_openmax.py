@@ -31,10 +31,10 @@ from activations import (
     Activations,
     cache_key,
     cached,
+    explain,
     extract,
     keep_freed_memory,
     load_shipped,
-    out_of_memory,
     prepare_device,
 )
 from distributed import first_process_first, joined_processes, rank, shared_out
@@ -159,17 +159,11 @@ def classify_images(args: argparse.Namespace) -> None:
         return
     print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(files), unit="img", leave=False, delay=1)
+    bar = tqdm(total=len(files), unit="img", leave=False, disable=len(files) <= args.batch_size)
     for start in range(0, len(files), args.batch_size):
         batch = files[start : start + args.batch_size]
         rows += classified(batch, network, rule, classes)
-        for row in rows[start:]:
-            tqdm.write(
-                f"{row['prediction']:16}{row['probability']:12.4f}  {row['nearest_class']:16}"
-                f"{printable(row['path'])}"
-                if not row["error"]
-                else f"{'(not read)':46}{printable(row['path'])}: {row['error']}"
-            )
+        tqdm.write("\n".join(map(line_of, rows[start:])))
         bar.update(len(batch))
     bar.close()
     results = {
@@ -194,31 +188,34 @@ def classified(
 ) -> list[dict[str, Any]]:
     """One row per file: path, prediction, whether it is known, probability, nearest class, and the
     reason where the file could not be read."""
-    size, channels = network.config["image_size"], network.config["in_channels"]
-    pixels, unread = read_images(files, size)
-    answers: Iterator[dict[str, Any]] = iter(())
-    if len(pixels):
-        images = ImageSet(fit_to(pixels, size, channels), np.full(len(pixels), UNKNOWN))
-        scores = rule.score(extract(network, images, len(pixels)))
-        answers = (
-            {
-                "prediction": "unknown" if label == UNKNOWN else classes[label],
-                "known": bool(label != UNKNOWN),
-                "probability": float(probabilities[label]),
-                "nearest_class": classes[nearest],
-            }
-            for label, nearest, probabilities in zip(
-                scores.predict(rule.threshold_),
-                scores.nearest_class,
-                scores.probabilities,
-                strict=True,
-            )
-        )
+    pixels, unread = read_images(files, network.config["image_size"])
     nothing = dict.fromkeys(("prediction", "known", "probability", "nearest_class"))
-    return [
-        {"path": str(file), **(nothing if i in unread else next(answers)), "error": unread.get(i)}
-        for i, file in enumerate(files)
-    ]
+    rows = [{"path": str(f), **nothing, "error": unread.get(i)} for i, f in enumerate(files)]
+    if not len(pixels):
+        return rows
+    pixels = fit_to(pixels, network.config["image_size"], network.config["in_channels"])
+    images = ImageSet(pixels, np.full(len(pixels), UNKNOWN))
+    scores = rule.score(extract(network, images, len(pixels)))
+    for row, label, nearest, probabilities in zip(
+        [row for row in rows if not row["error"]],
+        scores.predict(rule.threshold_),
+        scores.nearest_class,
+        scores.probabilities,
+        strict=True,
+    ):
+        row["prediction"] = "unknown" if label == UNKNOWN else classes[label]
+        row["known"] = bool(label != UNKNOWN)  # a class may be called "unknown"
+        row["probability"] = float(probabilities[label])
+        row["nearest_class"] = classes[nearest]
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row of `classified` as text."""
+    path = printable(row["path"])
+    if row["error"]:
+        return f"{'(not read)':46}{path}: {row['error']}"
+    return f"{row['prediction']:16}{row['probability']:12.4f}  {row['nearest_class']:16}{path}"
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -342,8 +339,10 @@ def load_image_sets(
         if name in KNOWN_SPLITS:
             sets[name] = getattr(data, name)
             continue
-        held_out = name == HELD_OUT_CLASSES
-        images = data.test_unknown if held_out else load_unknown(name, data_dir, size, channels, seed)
+        if name == HELD_OUT_CLASSES:
+            images = data.test_unknown
+        else:
+            images = load_unknown(name, data_dir, size, channels, seed)
         sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
     return sets
 
@@ -435,13 +434,8 @@ def main(argv: list[str] | None = None) -> int:
                 if path and not rank():
                     check_writable(path, OUTPUT_ROOM)
             (classify_images if args.images else evaluate)(args)
-    except (ImagesUnavailable, ValueError, OSError) as error:
-        print(f"compute_openmax.py: error: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print("compute_openmax.py: error: out of memory; try a smaller --batch-size", file=sys.stderr)
+    except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"compute_openmax.py: error: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; finished image sets are in {args.data_dir / 'cache'}", file=sys.stderr)

@@ -28,7 +28,7 @@ def joined_processes() -> Iterator[None]:
     """Join the processes that torchrun started, and let only the first print.
 
     Raises:
-        ConnectionError: a step that the processes take together failed, mostly because one ended.
+        ConnectionError: a step that the processes take together failed, usually because one ended.
         KeyboardInterrupt: torchrun stops this process, because another one ended.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -82,7 +82,7 @@ def shared_out(function: Callable[[Any], Any], arrays: Any) -> Any:
     """Call `function` in each process on its share of the rows, and join what all return.
 
     Args:
-        function: takes and returns named tuples of arrays with one row an image.
+        function: takes and returns named tuples of arrays with one row per image.
         arrays: its argument, whole.
 
     Returns:

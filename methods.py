@@ -193,7 +193,7 @@ class DHROpenMax(nn.Module):
         )
         not_member = -torch.expm1(-_hazard(distances, self.tails))
         rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        not_member = not_member * (1 - rank / logits.shape[1])
+        not_member = not_member * (1 - rank.double() / logits.shape[1])
         known = logits * (1 - not_member)
         latent_hazard = _hazard(self.latent_distances(logits, latents_avg), self.latent_tails)
         log_odds = (logits * not_member).sum(dim=1) - known.logsumexp(dim=1)

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from activations import (
     autocast,
+    explain,
     extract,
     keep_freed_memory,
     number_format,
-    out_of_memory,
     prepare_device,
 )
 from distributed import (
@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names or indices, comma-separated; the others stay unknown (default: all are known)")
     add("--image-size", type=int, metavar="PIXELS",
         help="side that images are scaled and cut to, 16..1024 (default: the data set's own; "
-        "32 for a folder)")
+        "64 for a folder)")
     add("--arch", choices=RECIPES, default="fast",
         help="network and recipe: fast; deep, the shipped network's; vgg, the published network "
         "(default fast). The recipe sets the five flags below, each of which overrides it")
@@ -418,13 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with joined_processes():
             run(args, partial)
-    except (ImagesUnavailable, ValueError, OSError) as error:
-        print(f"train_dhr_nn.py: error: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print("train_dhr_nn.py: error: out of memory; try a smaller --batch-size", file=sys.stderr)
+    except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"train_dhr_nn.py: error: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         kept = "add --resume to go on" if partial.exists() else "no epoch was complete"

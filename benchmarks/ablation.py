@@ -117,8 +117,7 @@ def all_scorers(train: Activations, val: Activations) -> Iterator[tuple[str, Sco
             yield name, method.fit(train, val).score
     yield from variants(train, val)
     for tail_size in TAIL_SIZES:
-        rule = DHROpenMax(tail_size).fit(train, val)
-        yield f"dhr_openmax, tails of {tail_size}", rule.score
+        yield f"dhr_openmax, tails of {tail_size}", DHROpenMax(tail_size).fit(train, val).score
     classes = train.logits.shape[1]
     alphas = [*range(min(4, classes)), classes]
     for name, tail_size in product(("openmax", "crosr"), TAIL_SIZES):

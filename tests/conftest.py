@@ -1,4 +1,4 @@
-"""Both commands as functions, and small networks that are trained once for all tests and workers."""
+"""Both commands as functions, and small networks, each trained once for all tests and workers."""
 
 import os
 import shutil

@@ -14,10 +14,10 @@ from activations import (
     autocast,
     cache_key,
     cached,
+    explain,
     extract,
     load_shipped,
     number_format,
-    out_of_memory,
     prepare_device,
     write_shipped,
 )
@@ -104,11 +104,21 @@ def test_bfloat16_is_used_where_the_processor_has_units_for_it(monkeypatch, has_
     assert number_format(CPU) == str(product.dtype).removeprefix("torch.")
 
 
-def test_out_of_memory_is_told_from_other_errors():
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert out_of_memory(MemoryError())
-    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 GB"))
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 GB"),
+    ],
+)
+def test_out_of_memory_is_explained(error):
+    assert explain(error) == "out of memory; try a smaller --batch-size"
+
+
+def test_a_defect_is_raised_again():
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 # The cache

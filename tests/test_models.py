@@ -167,7 +167,7 @@ def test_stem_whitens_patches():
     ids=["grey", "size", "no batch", "int64", "0..255", "negative", "NaN"],
 )
 def test_images_of_another_shape_type_or_range_are_refused(images):
-    with pytest.raises(ValueError, match="images have .*expected"):
+    with pytest.raises(ValueError, match=r"images have .*expected"):
         make_network()(images)
 
 
@@ -294,7 +294,7 @@ def test_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, place):
 
 def test_disk_with_less_room_than_needed_is_named(tmp_path):
     check_writable(tmp_path / "net.pt", 1000)
-    with pytest.raises(ValueError, match=r"net\.pt: the disk has [\d,]+ MB left; expected at least"):
+    with pytest.raises(ValueError, match=r"net\.pt: the disk has [\d,]+ MB left; expected"):
         check_writable(tmp_path / "net.pt", 10**18)
     assert not os.listdir(tmp_path)
 

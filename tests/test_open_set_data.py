@@ -237,7 +237,7 @@ def sides(data):
 def test_class_folders_become_classes_with_a_fifth_each_for_val_and_test(tmp_path):
     data = load_known(make_classes(tmp_path, count=500), tmp_path)
     assert data.classes == ("cat", "dog")
-    assert data.train.images.shape[1:] == (32, 32, 3)
+    assert data.train.images.shape[1:] == (64, 64, 3)
     counts = [len(split.labels) for split in data[1:4]]
     assert sum(counts) == 1000
     assert counts == pytest.approx([600, 200, 200], abs=60)

@@ -242,7 +242,7 @@ def test_class_folders_become_classes_with_a_fifth_each_for_val_and_test(tmp_pat
     assert sum(counts) == 1000
     assert counts == pytest.approx([600, 200, 200], abs=60)
     pixels = {
-        pictures.fit_to(np.asarray(picture(1000 * label + i, (8, 8)))[None], 32, 3).tobytes(): label
+        pictures.fit_to(np.asarray(picture(1000 * label + i, (8, 8)))[None], 64, 3).tobytes(): label
         for label in range(2)
         for i in range(500)
     }

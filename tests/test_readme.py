@@ -138,6 +138,13 @@ def test_shipped_checkpoint_says_how_it_was_made():
     assert (ROOT / "dhr_net.pt").stat().st_size < 25e6
 
 
+def test_transcript_of_own_pictures_is_the_recorded_one():
+    section = README.split("## Your own pictures")[1].split("## ")[0]
+    shown = section.split("```")[1].strip().splitlines()
+    recorded = (RESULTS / "photos.txt").read_text().splitlines()
+    assert [line for line in shown if line != "..." and line not in recorded] == []
+
+
 SCRIPTS = {"train_dhr_nn.py": train_dhr_nn, "compute_openmax.py": compute_openmax}
 COMMANDS = sorted(
     set(re.findall(r"^\s*\$?\s*python (\w+\.py.*?)(?:\s+#.*)?$", README + BENCHMARKS, re.MULTILINE))

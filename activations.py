@@ -132,6 +132,15 @@ def extract(
     return Activations(images.labels, *arrays)
 
 
+@torch.no_grad()
+def reconstruct(network: DHRNet, images: np.ndarray) -> np.ndarray:
+    """What the network rebuilds of images [N, H, W, C] uint8, likewise."""
+    device = network.mean.device
+    rebuilt = network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2)).reconstruction
+    pixels = rebuilt * network.std[:, None, None] + network.mean[:, None, None]
+    return (255 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def cache_key(checkpoint_sha256: str, images: ImageSet, device: torch.device) -> str:
     """Hash of all that decides the activations: network, images, and arithmetic."""
     arithmetic = f"{device.type} {number_format(device)} torch {torch.__version__}"

@@ -36,6 +36,7 @@ from activations import (
     keep_freed_memory,
     load_shipped,
     prepare_device,
+    reconstruct,
 )
 from distributed import first_process_first, joined_processes, rank, shared_out
 from methods import (
@@ -238,10 +239,7 @@ def evaluate(args: argparse.Namespace) -> None:
     origin = "shipped" if sets else "extracted"
     with timed(seconds, "extract"):
         for name, images in image_sets.items():
-            make = partial(extract, network, batch_size=args.batch_size, title=name)
-            path = args.data_dir / "cache" / f"{cache_key(sha256, images, network.mean.device)}.npz"
-            share = partial(shared_out, make, images)
-            sets[name] = share() if args.no_cache else cached(path, share)
+            sets[name] = extract_or_load(args, network, sha256, name, images)
     if rank():
         return
 
@@ -279,6 +277,18 @@ def evaluate(args: argparse.Namespace) -> None:
         pixels = {name: image_sets[name].images for name in names[2:]} if image_sets else {}
         rebuild = partial(reconstruct, network)
         write_report(args.report, results, classes, sets, scores, methods, pixels, rebuild)
+
+
+def extract_or_load(
+    args: argparse.Namespace, network: DHRNet, sha256: str, name: str, images: ImageSet
+) -> Activations:
+    """Activations of an image set: from the cache, or each process extracts its share."""
+    extract_share = partial(extract, network, batch_size=args.batch_size, title=name)
+    extract_all = partial(shared_out, extract_share, images)
+    if args.no_cache:
+        return extract_all()
+    key = cache_key(sha256, images, network.mean.device)
+    return cached(args.data_dir / "cache" / f"{key}.npz", extract_all)
 
 
 def unknown_names(args: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
@@ -385,15 +395,6 @@ def print_results(results: dict[str, Any]) -> None:
             row = (f"{100 * sets[unknown][column]:10.2f}" for column in TABLE_COLUMNS)
             print(f"{method:11}" + "".join(row))
     print("\n" + ", ".join(f"{stage} {value:.1f} s" for stage, value in results["seconds"].items()))
-
-
-@torch.no_grad()
-def reconstruct(network: DHRNet, images: np.ndarray) -> np.ndarray:
-    """What the network rebuilds of images [N, H, W, C] uint8, likewise."""
-    device = network.mean.device
-    rebuilt = network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2)).reconstruction
-    pixels = rebuilt * network.std[:, None, None] + network.mean[:, None, None]
-    return (255 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def file_sha256(path: Path) -> str:

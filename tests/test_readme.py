@@ -145,6 +145,25 @@ def test_transcript_of_own_pictures_is_the_recorded_one():
     assert [line for line in shown if line != "..." and line not in recorded] == []
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ("train fast, images/s; matrix rate", r"training at (\d+) % of"),
+        ("extract, images/s; image by image", r"extraction ([\d.]+) times"),
+        ("OpenMax fit + score, ms; loop with libMR", r"OpenMax (\d+) times"),
+        ("OpenMax on 10 logits, ms; pytorch-ood", r"and (\d+) times as pytorch"),
+        ("one photograph, s; imports alone", r"one photograph takes ([\d.]+) s"),
+        ("train vgg, images/s; textbook loop", r"`vgg` trains ([\d.]+) times"),
+    ],
+)
+def test_speeds_are_the_recorded_ones(row, text):
+    recorded = (RESULTS / "bench.txt").read_text()
+    ratio = float(recorded.split(row)[1].split("\n")[0].split()[2].replace(",", ""))
+    shown = re.search(text, BENCHMARKS.split("## Speed")[1]).group(1)
+    ratio *= 100 if "% of" in text else 1
+    assert float(shown) == round(ratio, len(shown.partition(".")[2]))
+
+
 SCRIPTS = {"train_dhr_nn.py": train_dhr_nn, "compute_openmax.py": compute_openmax}
 COMMANDS = sorted(
     set(re.findall(r"^\s*\$?\s*python (\w+\.py.*?)(?:\s+#.*)?$", README + BENCHMARKS, re.MULTILINE))

@@ -1,9 +1,7 @@
 """Image sets for open-set recognition: train / val / test_known, and test_unknown.
 
-Every set is one uint8 array in memory, [N, height, width, channels]. Named sets are read from a
-data folder (default `data/`); what is missing there is downloaded with a progress bar and checked
-by its MD5. data/README.md lists their sources, sizes and licences. `folder:PATH` is a folder of
-your own pictures.
+Every set is one uint8 array in memory. Named sets (see data/README.md) are read from a data folder,
+or downloaded to it and checked by their MD5; `folder:PATH` is a folder of your own pictures.
 """
 
 import hashlib
@@ -14,7 +12,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pictures
+from pictures import ImageSet as ImageSet
 from pictures import fit_to as fit_to
 from pictures import image_files as image_files
 from pictures import printable as printable
@@ -42,20 +40,16 @@ VAL_SHARE = 0.1  # but at most this share of them
 TEST_SHARE = 0.2  # of a named set that has no test split of its own
 SPLIT_SEED = 0  # val is the same for every training seed
 NOISE_COUNT = 10_000
-FOLDER_IMAGE_SIZE = 64  # networks of 64 pixels were better than of 32 on small sets of photos
+FOLDER_IMAGE_SIZE = 64
 PATIENCE = 60  # seconds a server may be silent
 
 TORCHVISION = {  # name: (torchvision's class, what it leaves in the data folder)
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
-    "mnist": ("MNIST", "MNIST"),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
-    "svhn": ("SVHN", "{split}_32x32.mat"),
-    "textures": ("DTD", "dtd"),
-}
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python"),
+    "mnist": ("MNIST", "MNIST"), "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
+    "svhn": ("SVHN", "{split}_32x32.mat"), "textures": ("DTD", "dtd"),
+}  # fmt: skip
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-TINY_IMAGENET_SIZE = 64
 ODIN_ARCHIVES = {  # name: (archive, MD5, folder of images, pixels of frame around each, dropbox id)
     "tiny-imagenet-crop": ("Imagenet.tar.gz", "7c0827e4246c3718a5ee076e999e52e5", "Imagenet/test",
                            2, "avgm2u562itwpkl"),
@@ -71,27 +65,14 @@ class ImagesUnavailable(Exception):
     """An image set is not on disk and cannot be downloaded, or is damaged."""
 
 
-class ImageSet(NamedTuple):
-    """Images [N, H, W, C] uint8 with their class indices [N] int64."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
 class KnownData(NamedTuple):
-    """A data set split for open-set recognition; labels index `classes`.
+    """A data set split for open-set recognition; no two parts share an image."""
 
-    Attributes:
-        classes: names of the K known classes.
-        train, val, test_known: images of known classes; the three share no image.
-        test_unknown: test images [N, H, W, C] of the classes left out; none when all are known.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the K known classes, indexed by the labels
     train: ImageSet
     val: ImageSet
     test_known: ImageSet
-    test_unknown: np.ndarray
+    test_unknown: np.ndarray  # test images [N, H, W, C] of the classes left out, if any
 
 
 def load_known(
@@ -102,31 +83,28 @@ def load_known(
     Args:
         name: one of `KNOWN_SETS`, or `folder:PATH` with one sub-folder of images per class.
         data_dir: where named sets lie or are downloaded to.
-        known_classes: names or indices of the classes to know, comma-separated, in label order;
-            empty for all.
+        known_classes: names or indices of the known classes, comma-separated; empty for all.
         image_size: pixels to bring the images to, as in `fit_to`; None for a named set's own size,
-            or `FOLDER_IMAGE_SIZE`. The split of a folder depends on it.
+            or 64 for a folder, whose split depends on it.
 
     Raises:
         ImagesUnavailable: the images are not on disk and cannot be downloaded.
         ValueError: unknown name or class, or a folder that cannot be used, with the reason.
     """
-    classes: Sequence[str]
     if name.startswith("folder:"):
         folders = pictures.class_folders(pictures.folder_of(name))
         classes = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
         known = _class_indices(known_classes, classes)
-        parts = pictures.read_class_folders(folders, image_size or FOLDER_IMAGE_SIZE)
-        train, val, test = (ImageSet(*part) for part in parts)
+        train, val, test = pictures.read_class_folders(folders, image_size or FOLDER_IMAGE_SIZE)
         train, val = _relabel(train, known), _relabel(val, known)
     elif name in KNOWN_SETS:
         classes, train, test = _read_known(name, data_dir)
         known = _class_indices(known_classes, classes)
         if image_size is not None:
-            train, test = _resize(train, image_size), _resize(test, image_size)
-        train, val = _split(
-            _relabel(train, known), lambda count: min(VAL_PER_CLASS, max(1, int(VAL_SHARE * count)))
-        )
+            train = train._replace(images=fit_to(train.images, image_size))
+            test = test._replace(images=fit_to(test.images, image_size))
+        train = _relabel(train, known)
+        train, val = _split(train, lambda count: min(VAL_PER_CLASS, int(VAL_SHARE * count)))
     else:
         raise ValueError(f"data set {name!r} is none of {', '.join(KNOWN_SETS)}, folder:PATH")
     unknown = test.images[~np.isin(test.labels, known)]
@@ -139,23 +117,20 @@ def load_unknown(
 ) -> np.ndarray:
     """Load an image set of unknown classes, [N, image_size, image_size, channels] uint8.
 
-    `*-crop` sets are random patches of image_size pixels, all others are brought to size as in
-    `fit_to`; data/README.md describes them.
+    `*-crop` sets are random patches, all others are brought to size as in `fit_to`.
 
     Args:
         name: one of `UNKNOWN_SETS`, or `folder:PATH` for any folder of images.
         data_dir: where named sets lie or are downloaded to.
-        image_size: pixels the network expects.
-        channels: 1 or 3, as the network expects.
+        image_size: pixels the network expects, as it does `channels`, 1 or 3.
         seed: of the crop offsets and the noise: the same seed gives the same bytes.
 
     Raises:
-        ImagesUnavailable: the images are not on disk and cannot be downloaded.
-        ValueError: unknown name, no image in the folder, or patches larger than the images.
+        ImagesUnavailable, ValueError: as in `load_known`, or patches larger than the images.
     """
     if name.startswith("folder:"):
         files, other = pictures.find_images(folder := pictures.folder_of(name))
-        images, _ = pictures.read_and_report(folder.name, files, image_size, other=other)
+        images, _ = pictures.read_and_report(folder.name, files, image_size, other)
         if not len(images):
             raise ValueError(f"{printable(folder)}: no readable image; expected at least one")
     elif name in UNKNOWN_SETS:
@@ -169,10 +144,7 @@ def load_cifar100_test(data_dir: Path) -> ImageSet:
     """Load the 10,000 test images of CIFAR-100; labels 0..99 follow the sorted class names.
 
     They are read from torchvision's files, or from a folder `cifar100/test/<class>/*.png` where
-    only that is in the data folder.
-
-    Raises:
-        ImagesUnavailable: the images are not on disk and cannot be downloaded.
+    only that is in the data folder. ImagesUnavailable: neither is there, and no download succeeds.
     """
     folder = data_dir / "cifar100" / "test"
     if (data_dir / TORCHVISION["cifar100"][1]).exists() or not folder.is_dir():
@@ -184,11 +156,7 @@ def load_cifar100_test(data_dir: Path) -> ImageSet:
 
 
 def fingerprint(data: KnownData) -> dict[str, Any]:
-    """Identify the training and validation images and their classes, in any order.
-
-    Returns:
-        {"count": number of images, "sha256": of the sorted hashes of images with class names}
-    """
+    """{"count", "sha256"} of the training and validation images and their classes, in any order."""
     hashes = sorted(
         pictures.hash_of(image) + data.classes[label].encode()
         for images, labels in (data.train, data.val)
@@ -198,28 +166,21 @@ def fingerprint(data: KnownData) -> dict[str, Any]:
 
 
 def check_same_images(checkpoint: Mapping[str, Any], data: KnownData) -> None:
-    """Compare a data set with that of a checkpoint; one line on stderr if the images have changed.
+    """Compare with what a checkpoint was trained on: one line on stderr if the images have changed.
 
     Raises:
         ValueError: the classes have changed.
     """
     if (before := list(checkpoint["known_classes"])) != list(data.classes):
-        raise ValueError(
-            printable(f"the network was trained on the classes {some(before)}; the data set has "
-                      f"{some(data.classes)}")
-        )  # fmt: skip
-    images = checkpoint.get("images")
-    if images and images != fingerprint(data):
-        count = len(data.train.labels) + len(data.val.labels)
+        both = f"{some(before)}; the data set has {some(data.classes)}"
+        raise ValueError(printable(f"the network was trained on the classes {both}"))
+    then, now = checkpoint.get("images"), fingerprint(data)
+    if then and then != now:
         print(f"the training and validation images have changed since the network was trained: "
-              f"{images['count']:,} then, {count:,} now", file=sys.stderr)  # fmt: skip
+              f"{then['count']:,} then, {now['count']:,} now", file=sys.stderr)  # fmt: skip
 
 
-# Named sets
-
-
-def _read_known(name: str, data_dir: Path) -> tuple[Sequence[str], ImageSet, ImageSet]:
-    """Class names, training images and test images."""
+def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSet]:
     if name == "digits":
         from sklearn.datasets import load_digits  # only this set needs it
 
@@ -228,14 +189,23 @@ def _read_known(name: str, data_dir: Path) -> tuple[Sequence[str], ImageSet, Ima
         images = pixels.repeat(2, axis=1).repeat(2, axis=2)[..., None]
         train, test = _split(ImageSet(images, digits.target), lambda n: round(TEST_SHARE * n))
         return [str(digit) for digit in digits.target_names], train, test
-    if name == "tiny-imagenet":
-        return _read_tiny_imagenet_classes(data_dir)
-    classes, train = _read_torchvision(name, data_dir, "train")
-    return classes, train, _read_torchvision(name, data_dir, "test")[1]
+    if name != "tiny-imagenet":
+        classes, train = _read_torchvision(name, data_dir, "train")
+        return classes, train, _read_torchvision(name, data_dir, "test")[1]
+    # TinyImageNet's validation images, whose labels are public, serve as test images.
+    files = [_tiny_imagenet_files(data_dir, part) for part in ("train", "val")]
+    rows = (files[1][0].parent.parent / "val_annotations.txt").read_text().splitlines()
+    class_of = dict(row.split("\t")[:2] for row in rows)
+    class_of |= {file.name: file.parent.parent.name for file in files[0]}
+    classes, sets = sorted(set(class_of.values())), []
+    for part in files:
+        images, read = pictures.read_and_report(name, part, 64)
+        labels = np.searchsorted(classes, [class_of[file.name] for file in part])
+        sets.append(ImageSet(images, labels[read]))
+    return classes, sets[0], sets[1]
 
 
-def _read_torchvision(name: str, data_dir: Path, split: str) -> tuple[Sequence[str], ImageSet]:
-    """Class names, and the images of one split."""
+def _read_torchvision(name: str, data_dir: Path, split: str) -> tuple[list[str], ImageSet]:
     dataset = _torchvision_dataset(name, data_dir, split)
     if name == "svhn":
         images = np.ascontiguousarray(dataset.data.transpose(0, 2, 3, 1))
@@ -254,28 +224,12 @@ def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
     argument = split if name in ("svhn", "textures") else split == "train"
     path, make = data_dir / part.format(split=split), getattr(datasets, class_name)
     if not path.exists():
-        with _downloading(name, data_dir) as folder:
+        with _downloading(name, path) as folder:
             make(folder, argument, download=True)
-            os.replace(folder / path.name, path)
     try:
         return make(data_dir, argument)
     except Exception as error:  # it may fail in any way on damaged files
         raise ImagesUnavailable(f"{path} is damaged: remove it to download it again") from error
-
-
-def _read_tiny_imagenet_classes(data_dir: Path) -> tuple[Sequence[str], ImageSet, ImageSet]:
-    """The 200 classes; the validation images, whose labels are public, serve as test images."""
-    train, test = (_tiny_imagenet_files(data_dir, part) for part in ("train", "val"))
-    train_names = [file.parent.parent.name for file in train]
-    rows = (test[0].parent.parent / "val_annotations.txt").read_text().splitlines()
-    name_of = dict(row.split("\t")[:2] for row in rows)
-    test_names = [name_of[file.name] for file in test]
-    classes = sorted(set(train_names))
-    splits = []
-    for files, names in ((train, train_names), (test, test_names)):
-        images, read = pictures.read_and_report("tiny-imagenet", files, TINY_IMAGENET_SIZE)
-        splits.append(ImageSet(images, np.searchsorted(classes, names)[read]))
-    return classes, splits[0], splits[1]
 
 
 def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.ndarray:
@@ -291,26 +245,17 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
     if name == "textures":
         textures = _torchvision_dataset(name, data_dir, "test")
         return pictures.read_and_report(name, textures._image_files, image_size)[0]
-    if name in ODIN_ARCHIVES and _prefers_archive(name, data_dir):
+    if name in ("mnist", "svhn"):
+        return _read_torchvision(name, data_dir, "test")[1].images
+    original = any((data_dir / f"tiny-imagenet-200{end}").exists() for end in ("/test", ".zip"))
+    archive = any((data_dir / f"Imagenet{end}").exists() for end in ("/test", ".tar.gz"))
+    if not name.startswith("tiny") or (name.endswith("crop") and archive and not original):
         return _read_odin_archive(name, data_dir)
-    if name.startswith("tiny-imagenet"):
-        crop = name == "tiny-imagenet-crop"
-        files = _tiny_imagenet_files(data_dir, "test")
-        images, _ = pictures.read_and_report(
-            name, files, TINY_IMAGENET_SIZE if crop else image_size
-        )
-        return _random_crops(images, image_size, rng) if crop else images
-    return _read_torchvision(name, data_dir, "test")[1].images
-
-
-def _prefers_archive(name: str, data_dir: Path) -> bool:
-    """Whether to read ODIN's archive; of TinyImageNet, only where that is all there is."""
-    archive, _, folder, *_ = ODIN_ARCHIVES[name]
-    original = ("tiny-imagenet-200/test", "tiny-imagenet-200.zip")
-    return name != "tiny-imagenet-crop" or (
-        any((data_dir / path).exists() for path in (archive, folder))
-        and not any((data_dir / path).exists() for path in original)
-    )
+    files = _tiny_imagenet_files(data_dir, "test")
+    if name.endswith("resize"):
+        return pictures.read_and_report(name, files, image_size)[0]
+    images, _ = pictures.read_and_report(name, files, 64)
+    return _random_crops(images, image_size, rng)
 
 
 def _tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
@@ -327,16 +272,14 @@ def _tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
 
 def _read_odin_archive(name: str, data_dir: Path) -> np.ndarray:
     archive, md5, folder, frame, dropbox_id = ODIN_ARCHIVES[name]
-    images = data_dir / folder
-    if not images.is_dir():
-        # A link without /raw/ would answer with an HTML page; the MD5 catches that too.
-        url = f"https://www.dropbox.com/s/raw/{dropbox_id}/{archive}"
+    top = data_dir / Path(folder).parts[0]
+    if not top.is_dir():
+        url = f"https://www.dropbox.com/s/raw/{dropbox_id}/{archive}"  # without /raw/, a web page
         _download(name, url, data_dir / archive, md5)
-        with _downloading(name, data_dir) as aside, tarfile.open(data_dir / archive) as tar:
-            tar.extractall(aside, filter="data")  # no paths or links outside, no devices
-            images.parent.mkdir(exist_ok=True)
-            os.replace(aside / folder, images)
-    return pictures.read_and_report(name, image_files([images]), 32, frame)[0]
+        with _downloading(name, top) as aside, tarfile.open(data_dir / archive) as tar:
+            tar.extractall(aside, filter="data")
+    images, _ = pictures.read_and_report(name, image_files([data_dir / folder]), 32 + 2 * frame)
+    return images[:, frame : frame + 32, frame : frame + 32]
 
 
 def _download(name: str, url: str, path: Path, md5: str) -> None:
@@ -344,31 +287,28 @@ def _download(name: str, url: str, path: Path, md5: str) -> None:
     from torchvision.datasets.utils import check_integrity, download_url
 
     if not path.exists():
-        with _downloading(name, path.parent) as folder:
+        with _downloading(name, path) as folder:
             download_url(url, folder, path.name, md5)
-            os.replace(folder / path.name, path)
     elif not check_integrity(path, md5):
         raise ImagesUnavailable(f"{path} is not the published file (MD5 {md5}): remove it")
 
 
 @contextmanager
-def _downloading(name: str, data_dir: Path) -> Iterator[Path]:
-    """A folder to download and unpack in, removed at the end. Silent servers time out."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+def _downloading(name: str, path: Path) -> Iterator[Path]:
+    """A folder to download or unpack `path` in: only what is whole gets its place."""
+    socket.setdefaulttimeout(PATIENCE)  # torchvision sets none
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=data_dir) as folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
             yield Path(folder)
-    except (OSError, http.client.HTTPException, tarfile.TarError, RuntimeError) as error:
+            os.replace(Path(folder, path.name), path)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
         reason = " ".join(str(error).split())
         raise ImagesUnavailable(
-            f"{name}: not found in {data_dir}, and the download failed ({reason}); connect to the "
-            f"network or put the files there (see data/README.md)"
+            f"{name}: not found in {path.parent}, and the download failed ({reason}); connect to "
+            f"the network or put the files there (see data/README.md)"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -377,28 +317,17 @@ def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np
     if size > min(height, width):
         raise ValueError(f"patches of {size} pixels do not fit images of {height}x{width}")
     top, left = rng.integers(0, height - size + 1, count), rng.integers(0, width - size + 1, count)
-    rows, columns = top[:, None] + np.arange(size), left[:, None] + np.arange(size)
-    crops: np.ndarray = images[
-        np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
-    return crops
-
-
-# Classes and splits
+    patches = np.lib.stride_tricks.sliding_window_view(images, (size, size), (1, 2))
+    return np.moveaxis(patches[np.arange(count), top, left], 1, -1)  # from [N, C, size, size]
 
 
 def _class_indices(known_classes: str, classes: Sequence[str]) -> list[int]:
     index_of = {str(index): index for index in range(len(classes))}
     index_of |= {name: index for index, name in enumerate(classes)}  # a name goes before an index
     wanted = [item for item in map(str.strip, known_classes.split(",")) if item] or classes
-    absent = [item for item in wanted if item not in index_of]
-    indices = [index_of[item] for item in wanted if item in index_of]
-    twice = [classes[index] for index, count in Counter(indices).items() if count > 1]
-    if absent:
+    if absent := [item for item in wanted if item not in index_of]:
         problem = f"no class {some(absent)}; expected {some(classes)}, or 0..{len(classes) - 1}"
-    elif twice:
-        problem = f"{some(twice)} more than once"
-    elif len(indices) < 2:
+    elif len(indices := list(dict.fromkeys(index_of[item] for item in wanted))) < 2:
         problem = f"only {classes[indices[0]]}; expected at least two classes"
     else:
         return indices
@@ -408,15 +337,7 @@ def _class_indices(known_classes: str, classes: Sequence[str]) -> list[int]:
 def _relabel(images: ImageSet, known: Sequence[int]) -> ImageSet:
     """Keep the images of the known classes; class known[i] gets label i."""
     is_class = images.labels[:, None] == np.array(known)  # [N, K]
-    return _select(ImageSet(images.images, is_class.argmax(axis=1)), is_class.any(axis=1))
-
-
-def _resize(images: ImageSet, size: int) -> ImageSet:
-    return ImageSet(fit_to(images.images, size, images.images.shape[-1]), images.labels)
-
-
-def _select(images: ImageSet, mask: np.ndarray) -> ImageSet:
-    return ImageSet(images.images[mask], images.labels[mask])
+    return ImageSet(images.images, is_class.argmax(axis=1)).where(is_class.any(axis=1))
 
 
 def _split(images: ImageSet, count_of: Callable[[int], int]) -> tuple[ImageSet, ImageSet]:
@@ -426,4 +347,4 @@ def _split(images: ImageSet, count_of: Callable[[int], int]) -> tuple[ImageSet, 
     for label in np.unique(images.labels):
         members = np.flatnonzero(images.labels == label)
         mask[rng.choice(members, count_of(len(members)), replace=False)] = True
-    return _select(images, ~mask), _select(images, mask)
+    return images.where(~mask), images.where(mask)

@@ -63,16 +63,23 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """List the image files in a folder and below it; count the other files by suffix."""
+def find_images(
+    folder: Path, above: frozenset[Path] = frozenset()
+) -> tuple[list[Path], Counter[str]]:
+    """List the image files in a folder and below it; count the other files by suffix.
+
+    A link that leads back to one of the folders above is not followed.
+    """
     files: list[Path] = []
     other: Counter[str] = Counter()
+    above |= {folder.resolve()}
     for path in _visible(folder):
         suffix = path.suffix.lower()
         if path.is_dir():
-            found, kinds = find_images(path)
-            files += found
-            other += kinds
+            if path.resolve() not in above:
+                found, kinds = find_images(path, above)
+                files += found
+                other += kinds
         elif suffix in IMAGE_SUFFIXES:
             files.append(path)
         else:

@@ -246,6 +246,13 @@ def test_folders_are_searched_for_images_and_files_taken_as_they_are(tmp_path, m
     assert image_files([Path("~/a.jpg"), Path("~/b")]) == expected[:4]
 
 
+def test_links_that_lead_back_end(tmp_path):
+    scene().save(tmp_path / "a.png")
+    for name in ("back", "again"):
+        (tmp_path / name).symlink_to(tmp_path, target_is_directory=True)
+    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+
+
 def test_links_are_followed(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "elsewhere").mkdir()

@@ -1,5 +1,6 @@
 """Killed at any moment: what was saved stays whole, and a run goes on from there."""
 
+import json
 import os
 import re
 import signal
@@ -77,6 +78,24 @@ def test_a_killed_evaluation_keeps_finished_sets_and_the_old_results(
     assert evaluate(digits_net, "--json", results) == 0
     assert results.read_text() != "old"
     assert all(file.stat().st_mtime_ns == before for file, before in finished.items())
+
+
+@pytest.mark.slow
+def test_two_evaluations_at_once_do_not_spoil_each_other(evaluate, digits_net, tmp_path, capsys):
+    command = [sys.executable, ROOT / "compute_openmax.py", "--checkpoint", digits_net]
+    command += ["--data-dir", tmp_path, "--device", "cpu", "--json"]
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    both = [
+        subprocess.Popen([*command, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for path in paths[:2]
+    ]
+    errors = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert evaluate(digits_net, "--json", paths[2]) == 0  # from the cache
+    first, second, third = (json.loads(path.read_text())["methods"] for path in paths)
+    assert first == second == third
+    assert "damaged" not in "".join(errors) + capsys.readouterr().err
+    assert len(os.listdir(tmp_path / "cache")) == 4
 
 
 @pytest.mark.slow

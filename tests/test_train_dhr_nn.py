@@ -1,0 +1,301 @@
+"""train_dhr_nn.py: its flags and recipes, and whole runs on a few digits."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import report
+import train_dhr_nn
+from models import load_checkpoint
+from open_set_data import ImageSet, load_known
+from train_dhr_nn import RECIPES, complete_settings, parse_args
+from training import one_cycle
+
+ROOT = Path(__file__).parent.parent
+
+
+# Recipes and flags
+
+
+def completed(*flags, count=45_000, size=32):
+    args = parse_args([*flags])
+    complete_settings(args, count, size)
+    return args
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_arch_names_a_whole_recipe_and_flags_override_it(arch):
+    args, recipe = completed("--arch", arch), RECIPES[arch]
+    assert {name: getattr(args, name) for name in recipe._fields} == recipe._asdict()
+    flags = ["--epochs", "3", "--batch-size", "100", "--lr", "0.3", "--loss", "softmax"]
+    args = completed("--arch", arch, *flags, "--cutout", "4")
+    settings = (args.epochs, args.batch_size, args.lr, args.loss, args.cutout)
+    assert settings == (3, 100, 0.3, "softmax", 4)
+
+
+def test_the_deep_recipe_is_that_of_the_shipped_network():
+    stored = load_checkpoint(ROOT / "dhr_net.pt")[1]["train_args"]
+    deep = RECIPES["deep"]._asdict()
+    assert stored["arch"] == "deep"
+    assert {name: stored[name] for name in deep} == deep
+
+
+def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
+    checkpoint = load_checkpoint(tiny_net)[1]
+    assert checkpoint["train_args"] == {
+        "dataset": "digits", "known_classes": "0,1", "image_size": None, "arch": "fast",
+        "epochs": 2, "batch_size": 120, "lr": 0.1, "loss": "softmax", "cutout": 0,
+        "reconstruction_weight": 1.0, "seed": 0,
+    }  # fmt: skip
+    assert checkpoint["known_classes"] == ["0", "1"]
+    assert checkpoint["epoch"] == len(checkpoint["course"]) == 2
+    assert checkpoint["images"]["count"] == 288
+    assert checkpoint["pflop"] > 0
+    assert {"python", "torch", "libmr"} <= checkpoint["versions"].keys()
+
+
+def test_a_small_set_takes_smaller_batches_and_more_epochs():
+    args = completed("--arch", "deep", count=90)
+    assert (args.batch_size, args.epochs) == (16, 60)  # 300 steps
+    args = completed("--arch", "deep", count=4000)
+    assert (args.batch_size, args.epochs) == (400, 44)  # 10 steps in an epoch
+    args = completed("--epochs", "2", "--batch-size", "50", count=90)
+    assert (args.batch_size, args.epochs) == (50, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        (["--batch-size", "101"], 1, "--batch-size is 101; expected at most 100"),
+        (["--cutout", "33"], 1, "--cutout is 33; expected at most 32 pixels"),
+        (["--batch-size", "51"], 2, "--batch-size is 51; expected a multiple of 2"),
+    ],
+)
+def test_settings_that_do_not_fit_the_images_are_refused(monkeypatch, flags, processes, message):
+    monkeypatch.setattr(train_dhr_nn, "world_size", lambda: processes)
+    with pytest.raises(ValueError, match=message):
+        completed(*flags, count=100)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "0"], ["--lr", "nan"], ["--epoch", "3"], ["--arch", "medium"]]
+)
+def test_bad_arguments_are_status_2(flags):
+    with pytest.raises(SystemExit) as caught:
+        train_dhr_nn.main(flags)
+    assert caught.value.code == 2
+
+
+def test_training_does_not_replace_the_shipped_network_unless_told_to():
+    assert parse_args([]).out == Path("trained.pt")
+    assert "/*.pt" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_help_gives_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert capsys.readouterr().out.count("default") >= 9
+
+
+# Whole runs
+
+
+def weights(path):
+    return load_checkpoint(path)[0].state_dict()
+
+
+def same_weights(first, second):
+    ours, theirs = weights(first), weights(second)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def poisoned(images):
+    """Other images, in another number, under other labels."""
+    keep = slice(len(images.labels) // 2)
+    return ImageSet(255 - images.images[keep], images.labels[::-1][keep].copy())
+
+
+def assert_equal(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"seconds"}:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        for pair in zip(ours, theirs, strict=True):
+            assert_equal(*pair)
+    else:
+        assert ours == theirs
+
+
+def test_no_test_or_unknown_image_reaches_training(
+    train, tiny_run, tiny_net, tmp_path, monkeypatch
+):
+    """The whole checkpoint, open-set rule included, is the same to the bit whatever they are."""
+
+    def load_poisoned(*args):
+        data = load_known(*args)
+        test, unknown = poisoned(data.test_known), 255 - data.test_unknown[::2]
+        return data._replace(test_known=test, test_unknown=unknown)
+
+    monkeypatch.setattr(train_dhr_nn, "load_known", load_poisoned)
+    assert train(tmp_path / "net.pt", *tiny_run) == 0
+    assert_equal(load_checkpoint(tmp_path / "net.pt")[1], load_checkpoint(tiny_net)[1])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights_to_the_bit(
+    train, stopped_run, tiny_run, tiny_net, tmp_path, error_line
+):
+    out, partial = tmp_path / "net.pt", shutil.copy(stopped_run, tmp_path / "net.pt.partial")
+    assert train(out, *tiny_run) == 1
+    assert f"{partial} holds an unfinished run: go on with --resume, or remove it" in error_line()
+    assert train(out, "--resume") == 0
+    assert same_weights(out, tiny_net)
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "net.pt.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["deep", "vgg"])
+def test_the_other_networks_resume_to_the_same_weights_too(
+    train, tiny_run, tmp_path, monkeypatch, arch
+):
+    whole, stopped = tmp_path / "whole.pt", tmp_path / "stopped.pt"
+    flags = [*tiny_run, "--arch", arch, "--cutout", "4"]
+    assert train(whole, *flags) == 0
+    save = train_dhr_nn.save_checkpoint
+
+    def save_and_stop(*args, **entries):
+        save(*args, **entries)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dhr_nn, "save_checkpoint", save_and_stop)
+        assert train(stopped, *flags) == 130
+    assert train(stopped, "--resume") == 0
+    assert same_weights(whole, stopped)
+
+
+def test_nothing_to_resume_is_said(train, tiny_net, tmp_path, error_line):
+    assert train(tmp_path / "net.pt", "--resume") == 1
+    assert "net.pt.partial does not exist: nothing to resume" in error_line()
+    shutil.copy(tiny_net, tmp_path / "net.pt.partial")
+    assert train(tmp_path / "net.pt", "--resume") == 1
+    assert "net.pt.partial is a finished network: nothing to resume" in error_line()
+
+
+def test_unfinished_run_of_another_version_is_named(train, stopped_run, tmp_path, error_line):
+    run = torch.load(stopped_run, weights_only=True)
+    del run["train_args"]["cutout"]
+    torch.save(run, tmp_path / "net.pt.partial")
+    before = (tmp_path / "net.pt.partial").read_bytes()
+    assert train(tmp_path / "net.pt", "--resume") == 1
+    assert "was written by another version: remove it and start again" in error_line()
+    assert (tmp_path / "net.pt.partial").read_bytes() == before
+
+
+def move_run(photos_and_net, photos):
+    """The stopped run of the pictures, as if it had been trained where they are now."""
+    run = torch.load(photos_and_net / "stopped.pt.partial", weights_only=True)
+    run["train_args"]["dataset"] = f"folder:{photos}"
+    torch.save(run, photos.parent / "net.pt.partial")
+    return photos.parent / "net.pt"
+
+
+def test_resume_says_that_images_have_changed_and_goes_on(train, photos_and_net, photos, capsys):
+    out = move_run(photos_and_net, photos)
+    for file in sorted((photos / "one").iterdir())[:5]:
+        file.unlink()
+    assert train(out, "--resume") == 0
+    assert "images have changed since" in capsys.readouterr().err
+    assert out.exists()
+
+
+def test_resume_names_both_lists_of_classes_when_they_differ(
+    train, photos_and_net, photos, error_line
+):
+    out = move_run(photos_and_net, photos)
+    (photos / "one").rename(photos / "two")
+    assert train(out, "--resume") == 1
+    line = error_line()
+    assert "one, zero" in line
+    assert "two, zero" in line
+
+
+def test_infinite_loss_stops_and_keeps_the_last_epoch(
+    train, tiny_run, tiny_net, tmp_path, monkeypatch, error_line
+):
+    out, partial = tmp_path / "net.pt", tmp_path / "net.pt.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train_dhr_nn,
+            "one_cycle",
+            lambda step, total: one_cycle(step, total) if step < 2 else float("inf"),
+        )
+        assert train(out, *tiny_run) == 1
+    line = error_line()
+    assert "loss not finite at step 2 of epoch 2; try a smaller --lr" in line
+    assert f"{partial} holds epoch 1" in line
+    assert not out.exists()
+    assert train(out, "--resume") == 0
+    assert same_weights(out, tiny_net)
+
+
+def test_out_of_memory_is_one_line(train, tiny_run, tmp_path, monkeypatch, error_line):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text")
+
+    monkeypatch.setattr(train_dhr_nn, "batches", too_much)
+    assert train(tmp_path / "net.pt", *tiny_run) == 1
+    assert error_line().endswith("error: out of memory; try a smaller --batch-size")
+
+
+def test_dry_run_writes_nothing(train, tiny_run, tmp_path, capsys):
+    assert train(tmp_path / "net.pt", *tiny_run, "--dry-run") == 0
+    assert not os.listdir(tmp_path)
+    assert "took one step, wrote nothing" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(train, tmp_path, error_line):
+    assert train(tmp_path / "absent" / "net.pt") == 1
+    assert "cannot write there (" in error_line()
+
+
+@pytest.mark.parametrize("name", ["net.png", "cat.pt"])
+def test_the_picture_of_a_run_replaces_no_other_file(train, stopped_run, tmp_path, name):
+    photograph = tmp_path / "cat.png"
+    photograph.write_bytes(b"a photograph")
+    shutil.copy(stopped_run, tmp_path / f"{name}.partial")
+    assert train(tmp_path / name, "--resume") == 0
+    assert load_checkpoint(tmp_path / name)[1]["epoch"] == 2
+    assert photograph.read_bytes() == b"a photograph"
+    assert sorted(os.listdir(tmp_path)) == sorted(["cat.png", name, f"{name}.png"])
+
+
+def test_a_picture_that_fails_does_not_undo_the_run(
+    train, stopped_run, tmp_path, monkeypatch, capsys
+):
+    def fail(course):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(report, "draw_training", fail)
+    shutil.copy(stopped_run, tmp_path / "net.pt.partial")
+    assert train(tmp_path / "net.pt", "--resume") == 0
+    assert "could not be drawn: no font" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_training_runs_where_a_notebook_asks_for_a_picture_backend_that_is_absent(
+    tiny_run, tmp_path
+):
+    environment = os.environ | {"MPLBACKEND": "module://absent", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "train_dhr_nn.py", *tiny_run, "--epochs", "1"]
+    command += ["--device", "cpu", "--out", tmp_path / "net.pt"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "net.pt.png"]

@@ -1,6 +1,5 @@
 """The report and the picture of a training run, drawn from activations made here."""
 
-import io
 import json
 import os
 import re
@@ -48,8 +47,7 @@ def evaluation(classes=CLASSES, unknown_sets=("svhn",)):
     sets = {"train": activations(rng, 120), "val": activations(rng, 60)}
     sets["test_known"] = activations(rng, 90)
     sets |= {name: activations(rng, 50, known=False) for name in unknown_sets}
-    settings = OpenMaxSettings()
-    methods = build_methods(settings)
+    methods = build_methods(OpenMaxSettings())
     labels, tested = sets["test_known"].labels, ("test_known", *unknown_sets)
     scores, measured = {}, {}
     for name, method in methods.items():
@@ -62,10 +60,8 @@ def evaluation(classes=CLASSES, unknown_sets=("svhn",)):
     thresholds = {name: float(method.threshold_) for name, method in methods.items()}
     results = {
         "checkpoint": {"path": "net.pt", "sha256": "0123abcd"}, "known": "folder:photos",
-        "activations": "extracted", "validation_images": 60,
-        "closed_set_accuracy": float(np.mean(sets["test_known"].logits.argmax(1) == labels)),
-        "methods": measured, "openmax": {**settings._asdict(), "threshold": thresholds},
-        "seconds": {"fit": 0.1}, "versions": {"numpy": np.__version__}, "device": "cpu",
+        "validation_images": 60, "closed_set_accuracy": 0.99,
+        "methods": measured, "openmax": {"tail_size": 20, "threshold": thresholds},
         "command": "python compute_openmax.py --report out",
     }  # fmt: skip
     pixels = {key: rng.integers(0, 256, (90, 16, 16, 1), np.uint8) for key in tested}
@@ -79,26 +75,19 @@ def written(tmp_path_factory):
     return folder, (folder / "report.html").read_text("utf-8"), arguments[0]
 
 
-def findings(known, unknown, accuracy, validation_images=1000):
-    """What the diagnosis says of methods whose scores are given: [N] and [M] a method."""
-    scores = {
-        name: {"test_known": Scores(known[name], None), "svhn": Scores(unknown[name], None)}
-        for name in known
-    }
+def findings(accuracy=0.99, validation_images=1000, count=500, **centres):
+    """What the diagnosis says of scores around 0 for known images, around centres for unknown."""
+    rng = np.random.default_rng(0)
+    known = rng.normal(0, 1, count)
+    names = ("msp", "max_logit", "openmax", "crosr", "dhr_openmax")
+    unknown = {name: rng.normal(centres.get(name, 2), 1, count) for name in names}
     results = {
         "closed_set_accuracy": accuracy, "validation_images": validation_images,
-        "openmax": {"threshold": {"dhr_openmax": float(np.quantile(known["dhr_openmax"], 0.95))}},
-        "methods": {name: {"svhn": {"auroc": auroc(known[name], unknown[name])}} for name in known},
+        "openmax": {"threshold": {"dhr_openmax": float(np.quantile(known, 0.95))}},
+        "methods": {name: {"svhn": {"auroc": auroc(known, unknown[name])}} for name in names},
     }  # fmt: skip
-    return report.diagnose(results, scores)
-
-
-def normal_scores(count=500, **centres):
-    """Scores of known images around 0, of unknown ones around a centre for each method."""
-    rng = np.random.default_rng(0)
-    names = ("msp", "max_logit", "openmax", "crosr", "dhr_openmax")
-    known = {name: rng.normal(0, 1, count) for name in names}
-    return known, {name: rng.normal(centres.get(name, 2), 1, count) for name in names}
+    ours = {"test_known": Scores(known, None), "svhn": Scores(unknown["dhr_openmax"], None)}
+    return report.diagnose(results, ours)
 
 
 def test_page_holds_every_part_in_order(written):
@@ -112,15 +101,15 @@ def test_page_holds_every_part_in_order(written):
     rejected = f"{1 - results['methods']['dhr_openmax']['svhn']['fpr_at_95_tpr']:.1%}"
     assert f"it rejects {rejected} of the svhn images" in re.search("<h1.*</h1>", page).group()
     for method, sets in results["methods"].items():
-        row = re.search(rf"<th>{method}</th>(.*?)(<tr|</table)", page).group(1)
+        row = re.search(rf"<th>{method}</th>(.*?)</tr>", page).group(1)
         assert f"<td>{100 * sets['svhn']['auroc']:.1f}</td>" in row
     assert all(fact in page for fact in ("0123abcd", "--report out", "tail_size"))
     assert "could not be drawn" not in page
 
 
 def test_page_requests_nothing_from_elsewhere(written):
-    _, page, _ = written
-    assert "http" not in page.replace("http-equiv", "")
+    page = written[1]
+    assert "http" not in page
     assert set(re.findall('(?:src|srcset|href)="(.{5})', page)) == {"data:"}
 
 
@@ -144,8 +133,6 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
     report.write_report(tmp_path, *evaluation(names))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "could not be drawn" not in page + capsys.readouterr().err
-    assert report.shown(names[0]) == "$5 \\frac{ a…"
-    assert report.shown("caf\udce9\t") == "caf\ufffd\ufffd"
 
 
 def test_a_picture_that_fails_costs_one_line(tmp_path, capsys):
@@ -159,7 +146,6 @@ def test_a_picture_that_fails_costs_one_line(tmp_path, capsys):
     assert page.count("could not be drawn: no memory left") == 2
     assert capsys.readouterr().err.count("\n") == 2
     assert page.count("<img") == 4
-    assert "How the numbers were made" in page
 
 
 def test_without_images_one_line_says_so(tmp_path):
@@ -175,67 +161,41 @@ def test_matplotlib_settings_change_no_picture(tmp_path):
     with rc_context(style):
         assert report.draw_training(HISTORY) == expected
     (tmp_path / "matplotlibrc").write_text("backend: TkAgg\nlines.linewidth: 9\n")
-    code = (
-        "import json, sys, report\n"
-        "sys.stdout.buffer.write(report.draw_training(json.loads(sys.argv[1])))"
-    )
+    code = "import json, report, sys; h = json.loads(sys.argv[1]); "
+    code += "sys.stdout.buffer.write(report.draw_training(h))"
     environment = os.environ | {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": str(tmp_path)}
     command = [sys.executable, "-c", code, json.dumps(HISTORY)]
     root = Path(report.__file__).parent
     drawn = subprocess.run(command, env=environment, cwd=root, capture_output=True, check=True)
     assert drawn.stdout == expected
-    with Image.open(io.BytesIO(expected)) as image:
-        assert image.width > 600
 
 
-def test_accurate_network_is_not_called_inaccurate():
-    told = findings(*normal_scores(msp=0.5, crosr=0.5, dhr_openmax=0.5), accuracy=0.988)
-    text = " ".join(text for _, text in told)
-    assert "98.8%" in text
-    assert not re.search("better classifier|train a better", text)
-    assert "train some as one more class" in text
-    told = findings(*normal_scores(dhr_openmax=0.5), accuracy=0.7)
-    assert "train longer" in " ".join(text for _, text in told)
+def test_only_an_inaccurate_network_is_to_be_trained_longer():
+    for accuracy, expected in ((0.988, True), (0.7, False)):
+        fine, text, advice = findings(accuracy, dhr_openmax=0.5)[2]
+        assert fine == expected
+        assert f"{accuracy:.1%}" in text
+        assert "train longer" in advice
+    fine, _, advice = findings(dhr_openmax=0.5)[3]
+    assert not fine
+    assert "train some as one more class" in advice
 
 
 def test_method_that_separates_best_is_recommended():
-    fine, text = findings(*normal_scores(msp=4, dhr_openmax=2.5), accuracy=0.99)[0]
+    fine, text, advice = findings(msp=4, dhr_openmax=2.5)[0]
     assert not fine
-    assert re.match(
-        r"`msp` separates better here than `dhr_openmax` \(AUROC 99.. against 9...\): prefer it, "
-        "and check on images of your own", text,
-    )  # fmt: skip
-    fine, text = findings(*normal_scores(dhr_openmax=4), accuracy=0.99)[0]
-    assert fine
-    assert text.startswith("`dhr_openmax` separates better here than")
-    fine, text = findings(*normal_scores(20, msp=2.1), accuracy=0.99)[0]
+    assert re.match(r"`msp` separates better .* `dhr_openmax` \(AUROC 99.. against 9...\)", text)
+    assert advice.startswith("Prefer it, and check on images of your own")
+    assert findings(dhr_openmax=4)[0][1].startswith("`dhr_openmax` separates best here: use it")
+    fine, text, _ = findings(count=20, msp=2.1)[0]
     assert fine
     assert "that may be chance: use `dhr_openmax`" in text
 
 
-def test_few_validation_images_leave_a_threshold_uncertain():
-    text = findings(*normal_scores(), 0.99, validation_images=20)[1][1]
-    low, high = re.search(
-        r"of 20 validation images, so few .* from (\d+)% to (\d+)% of", text
-    ).groups()
-    accepted = np.sort(np.random.default_rng(0).random((20_000, 20)), axis=1)[:, 18]
-    expected = 100 * np.quantile(accepted, (0.025, 0.975))
-    assert np.allclose([float(low), float(high)], expected, atol=1)
-    text = findings(*normal_scores(), 0.99, validation_images=2500)[1][1]
-    assert "accepts 95% of 2,500 validation images. " in text
-
-
-def test_error_of_an_auroc_difference_is_the_bootstraps():
-    rng = np.random.default_rng(0)
-    known, unknown = rng.normal(0, 1, 150), rng.normal(1.5, 1, 80)
-    first, second = (
-        (known + rng.normal(0, noise, 150), unknown + rng.normal(0, noise, 80))
-        for noise in (0.2, 0.9)
-    )
-    draws = [(rng.integers(0, 150, 150), rng.integers(0, 80, 80)) for _ in range(400)]
-    gaps = [auroc(first[0][i], first[1][j]) - auroc(second[0][i], second[1][j]) for i, j in draws]
-    sets = [{"test_known": Scores(a, None), "svhn": Scores(b, None)} for a, b in (first, second)]
-    assert report.auroc_error(*sets) == pytest.approx(np.std(gaps), rel=0.15)
+def test_diagnosis_says_how_well_the_validation_images_set_a_threshold():
+    text = findings(validation_images=20)[1][1]
+    assert "of 20 validation images, and so about 75% to 99% of new known images" in text
+    assert "of 2,500 validation images, and so about 94% to 96%" in findings(0.9, 2500)[1][1]
 
 
 def test_pictures_of_the_readme_are_small():
@@ -250,15 +210,12 @@ def test_pictures_of_the_readme_are_small():
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_page_fits_its_window(written, tmp_path, width):
-    page = written[1]
     probe = """<script>onload = () => { document.title = JSON.stringify([
       document.documentElement.scrollWidth, [...document.images].filter(
         i => !i.naturalWidth || i.getBoundingClientRect().right > innerWidth).length,
-      performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
     ]); }</script>"""
-    page = re.sub("<meta http-equiv[^>]*>", "", page)
     frame = tmp_path / "frame.html"
-    (tmp_path / "page.html").write_text(page + probe, "utf-8")
+    (tmp_path / "page.html").write_text(written[1] + probe, "utf-8")
     frame.write_text(
         f"""<iframe id=f src=page.html style="border:0;width:{width}px;height:800px"></iframe>
         <pre></pre><script>onload = () => document.querySelector("pre").textContent =
@@ -270,4 +227,4 @@ def test_page_fits_its_window(written, tmp_path, width):
         "--dump-dom", frame.as_uri(),
     ]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert json.loads(re.search("<pre>(.*?)</pre>", dom).group(1)) == [width, 0, 0]
+    assert json.loads(re.search("<pre>(.*?)</pre>", dom).group(1)) == [width, 0]

@@ -131,7 +131,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--csv needs --images; --report cannot go with it")
     if set(args.unknown or ()) & set(KNOWN_SPLITS):
         parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
-    args.command = shlex.join(["python", "compute_openmax.py", *(argv or sys.argv[1:])])
+    flags = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "compute_openmax.py", *flags])
     return args
 
 
@@ -167,14 +168,14 @@ def classify_images(args: argparse.Namespace) -> None:
         tqdm.write("\n".join(map(line_of, rows[start:])))
         bar.update(len(batch))
     bar.close()
-    results = {
-        "checkpoint": {"path": str(args.checkpoint), "sha256": file_sha256(args.checkpoint)},
-        "images": rows,
-        "versions": software_versions(),
-        "device": str(network.mean.device),
-        "command": args.command,
-    }
     if args.json:
+        results = {
+            "checkpoint": {"path": str(args.checkpoint), "sha256": file_sha256(args.checkpoint)},
+            "images": rows,
+            "versions": software_versions(),
+            "device": str(network.mean.device),
+            "command": args.command,
+        }
         write_json(args.json, results)
     if args.csv:
         write_csv(args.csv, rows)

@@ -174,8 +174,8 @@ def check_same_images(checkpoint: Mapping[str, Any], data: KnownData) -> None:
     if (before := list(checkpoint["known_classes"])) != list(data.classes):
         both = f"{some(before)}; the data set has {some(data.classes)}"
         raise ValueError(printable(f"the network was trained on the classes {both}"))
-    then, now = checkpoint.get("images"), fingerprint(data)
-    if then and then != now:
+    then = checkpoint.get("images")  # checkpoints of version 0.1 do not tell
+    if then and then != (now := fingerprint(data)):
         print(f"the training and validation images have changed since the network was trained: "
               f"{then['count']:,} then, {now['count']:,} now", file=sys.stderr)  # fmt: skip
 
@@ -216,7 +216,7 @@ def _read_torchvision(name: str, data_dir: Path, split: str) -> tuple[list[str],
 
 
 def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
-    """One split as a torchvision data set. It is downloaded and unpacked aside, because torchvision
+    """One split as a torchvision data set. Downloads go to a folder of their own first: torchvision
     keeps wrong files under their final names and takes half an unpacked MNIST for the whole."""
     from torchvision import datasets  # takes a second, which scoring a photograph can do without
 

@@ -135,11 +135,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     limits = {
-        "epochs": 1, "batch_size": 2, "lr": 1e-9, "cutout": 0, "reconstruction_weight": 0, "seed": 0
+        "image_size": (16, 1025), "epochs": (1, 2**32), "batch_size": (2, 2**32),
+        "lr": (1e-9, 2**32), "cutout": (0, 2**32), "reconstruction_weight": (0, 2**32),
+        "seed": (0, 2**32),
     }  # fmt: skip
-    for name, lowest in limits.items():
+    for name, (lowest, beyond) in limits.items():
         value = getattr(args, name)
-        if value is not None and not lowest <= value < 2**32:
+        if value is not None and not lowest <= value < beyond:
             parser.error(f"--{name.replace('_', '-')} is {value}; see --help for its range")
     return args
 

@@ -83,7 +83,15 @@ def test_settings_that_do_not_fit_the_images_are_refused(monkeypatch, flags, pro
 
 
 @pytest.mark.parametrize(
-    "flags", [["--epochs", "0"], ["--lr", "nan"], ["--epoch", "3"], ["--arch", "medium"]]
+    "flags",
+    [
+        ["--epochs", "0"],
+        ["--lr", "nan"],
+        ["--epoch", "3"],
+        ["--arch", "medium"],
+        ["--image-size", "15"],
+        ["--image-size", "1025"],
+    ],
 )
 def test_bad_arguments_are_status_2(flags):
     with pytest.raises(SystemExit) as caught:

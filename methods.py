@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from activations import Activations
 from metrics import Scores, threshold_accepting
 from models import LATENT_CHANNELS, DHRNet
-from openmax import LARGEST_HAZARD, UNKNOWN, OpenMax, Weibull, fit_weibulls, whitening
+from openmax import LARGEST_HAZARD, UNKNOWN, OpenMax, fit_tail, fit_weibulls
 
 ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TAIL_SIZE = 20  # largest distances a Weibull is fitted to, as published; fewer of few images
@@ -97,42 +97,39 @@ class OpenMaxMethod:
 
 
 class DHROpenMax(nn.Module):
-    """This project's rule: OpenMax on the logits, corrected by the latents of each level.
+    """This project's rule: two tests of an image, each against the held-out validation images.
 
-    OpenMax runs on y with Mahalanobis distances and all classes ranked. Then, for each level l, the
-    Mahalanobis distance of the average-pooled latent z_l to its mean over the predicted class gives
-    w_l, from one Weibull per level fitted to validation images. A known image lies that far out
-    with probability 1 - w_l, so the odds of unknown are multiplied by 1 / (1 - w_l):
+    Evidence: -||y||. A picture of something unknown excites no class much, and pushes none away.
+    Membership: the Mahalanobis distance of [y, z], z max-pooled as in CROSR, to the mean over the
+    predicted class. It finds wrong colours and textures however sure the logits are.
 
-        log odds = log(p_unknown / (1 - p_unknown)) + sum over l of -log(1 - w_l) - offset.
+    Weibulls, fitted to the evidence of all validation images and to the tail of their distances,
+    give the probability 1 - w that a known image lies that far out. Fisher's method adds both up:
 
-    An image near its class at every level keeps its OpenMax odds; one with the wrong texture or
-    colours is unknown however sure the logits are. The offset puts the accepted share of validation
-    images at odds below 1, so that the threshold is 0 and p_unknown > 1/2 decides.
+        log odds = log(p_unknown / (1 - p_unknown)) = sum over both of -log(1 - w) - offset.
+
+    The offset puts the accepted share of validation images at odds below 1, so that the threshold
+    is 0 and p_unknown > 1/2 decides. The other probabilities are softmax(y) (1 - p_unknown): the
+    class named is always that of the largest logit.
 
     It is a PyTorch module of float64 buffers: the checkpoint stores its `state_dict`, and scoring
     and export run the same `forward`.
 
     Args:
-        tail_size: number of largest distances each Weibull is fitted to; fewer of few images.
+        tail_size: number of largest distances the Weibull is fitted to; fewer of few images.
 
     Attributes:
-        means, whitening: of the logits, [K, K] each.
-        tails: [3, K], scale, shape and location of each class's Weibull.
-        latent_means: [L, K, C]; latent_whitening: [L, C, C]; latent_tails: [3, L].
+        means: [K, K + 32 L], of [y, z].
+        whitening: [K + 32 L, K + 32 L], `openmax.whitening` of [y, z].
+        tails: [3, 2], scale, shape and location of both Weibulls.
         offset: scalar.
     """
 
-    BUFFERS = (
-        "means", "whitening", "tails", "latent_means", "latent_whitening", "latent_tails", "offset",
-    )  # fmt: skip
+    BUFFERS = ("means", "whitening", "tails", "offset")
     threshold_ = 0.0
     means: Tensor
     whitening: Tensor
     tails: Tensor
-    latent_means: Tensor
-    latent_whitening: Tensor
-    latent_tails: Tensor
     offset: Tensor
 
     def __init__(self, tail_size: int = TAIL_SIZE) -> None:
@@ -142,30 +139,17 @@ class DHROpenMax(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def fit(self, train: Activations, val: Activations) -> "DHROpenMax":
-        """Fit to training images; the levels' Weibulls and the offset to validation images.
+        """Fit means and whitening to training images, the rest to validation images.
 
         Raises:
             ValueError: as `openmax.OpenMax.fit`.
         """
-        num_classes = train.logits.shape[1]
-        openmax = OpenMax(self.tail_size, num_classes, "mahalanobis", num_logits=num_classes)
-        openmax.fit(train.logits, train.labels)
-        correct = train.logits.argmax(axis=1) == train.labels
-        latents = _levels(torch.from_numpy(train.latents_avg[correct])).numpy()
-        labels = train.labels[correct]
-        groups = [[z[labels == label] for label in range(num_classes)] for z in latents]
-        means = [np.stack([group.mean(axis=0) for group in level]) for level in groups]
-        self._set(
-            means=openmax.mean_activations_,
-            whitening=openmax.whitening_,
-            tails=openmax.weibull_,
-            latent_means=means,
-            latent_whitening=[whitening(g, m) for g, m in zip(groups, means, strict=True)],
-        )
-        logits, latents_avg = torch.from_numpy(val.logits), torch.from_numpy(val.latents_avg)
-        distances = self.latent_distances(logits.double(), latents_avg).T.numpy()
-        names = [f"level {level}" for level in range(1, len(distances) + 1)]
-        self._set(latent_tails=fit_weibulls(list(distances), self.tail_size, names), offset=0.0)
+        openmax = OpenMax(distance="mahalanobis", num_logits=train.logits.shape[1])
+        openmax.fit(train.vectors("max"), train.labels)
+        self._set(means=openmax.mean_activations_, whitening=openmax.whitening_)
+        evidence, distances = self.tests(*_tensors(val)).T.numpy()
+        tail = fit_weibulls([distances], self.tail_size, ["validation"])
+        self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness, ACCEPTED_SHARE))
         return self
 
@@ -173,39 +157,38 @@ class DHROpenMax(nn.Module):
         for name, array in arrays.items():
             setattr(self, name, torch.from_numpy(np.array(array, np.float64)))
 
-    def latent_distances(self, logits: Tensor, latents_avg: Tensor) -> Tensor:
-        """Distances [N, L] of each level's latents to their mean over the predicted class."""
-        offsets = _levels(latents_avg) - self.latent_means[:, logits.argmax(dim=1)]  # [L, N, C]
-        return torch.linalg.vector_norm(offsets @ self.latent_whitening, dim=2).T
+    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+        """Evidence and membership [N, 2], in float64; larger is more unknown."""
+        vectors = torch.hstack([logits, latents_max]).double()
+        offsets = vectors - self.means[logits.argmax(dim=1)]
+        evidence = -torch.linalg.vector_norm(logits.double(), dim=1)
+        distances = torch.linalg.vector_norm(offsets @ self.whitening, dim=1)
+        return torch.stack([evidence, distances], dim=1)
 
-    def forward(self, logits: Tensor, latents_avg: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, latents_max: Tensor) -> tuple[Tensor, Tensor]:
         """Log odds [N] of being unknown, and probabilities [N, K + 1], the unknown class last.
 
         Args:
             logits: [N, K].
-            latents_avg: [N, L C], average-pooled latents, level by level.
+            latents_max: [N, 32 L], max-pooled latents, level by level.
         """
-        logits = logits.double()
-        distances = torch.cdist(
-            logits @ self.whitening,
-            self.means @ self.whitening,
-            compute_mode="donot_use_mm_for_euclid_dist",
-        )
-        not_member = -torch.expm1(-_hazard(distances, self.tails))
-        rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        not_member = not_member * (1 - rank.double() / logits.shape[1])
-        known = logits * (1 - not_member)
-        latent_hazard = _hazard(self.latent_distances(logits, latents_avg), self.latent_tails)
-        log_odds = (logits * not_member).sum(dim=1) - known.logsumexp(dim=1)
-        log_odds = log_odds + latent_hazard.sum(dim=1) - self.offset
-        unknown = log_odds.sigmoid()[:, None]
-        return log_odds, torch.cat([known.softmax(dim=1) * (1 - unknown), unknown], dim=1)
+        scale, shape, location = self.tails
+        reach = ((self.tests(logits, latents_max) - location).clamp_min(0) / scale).pow(shape)
+        log_odds = reach.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
+        known = (
+            (-log_odds).clamp_min(-600).sigmoid()[:, None]
+        )  # never 0: the order of classes stays
+        known = logits.double().softmax(dim=1) * known
+        return log_odds, torch.hstack([known, log_odds.sigmoid()[:, None]])
 
     @torch.no_grad()
     def score(self, images: Activations) -> Scores:
-        logits, latents_avg = torch.from_numpy(images.logits), torch.from_numpy(images.latents_avg)
-        log_odds, probabilities = self(logits, latents_avg)
+        log_odds, probabilities = self(*_tensors(images))
         return Scores(log_odds.numpy(), probabilities.numpy())
+
+
+def _tensors(images: Activations) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images.logits), torch.from_numpy(images.latents_max)
 
 
 def acceptance_interval(count: int, share: float = ACCEPTED_SHARE) -> tuple[float, float]:
@@ -217,17 +200,6 @@ def acceptance_interval(count: int, share: float = ACCEPTED_SHARE) -> tuple[floa
     k = math.ceil(share * count)
     low, high = beta.ppf((0.025, 0.975), k, count + 1 - k)
     return float(low), float(high)
-
-
-def _levels(latents: Tensor) -> Tensor:
-    """[N, L C] -> [L, N, C] in float64."""
-    return latents.double().unflatten(1, (-1, LATENT_CHANNELS)).transpose(0, 1)
-
-
-def _hazard(distances: Tensor, tails: Tensor) -> Tensor:
-    """`Weibull.hazard` on tensors; tails [3, K] as its fields."""
-    scale, shape, location = tails
-    return ((distances - location).clamp_min(0) / scale).pow(shape).clamp_max(LARGEST_HAZARD)
 
 
 def build_methods(settings: OpenMaxSettings) -> dict[str, Method]:
@@ -250,7 +222,6 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
     rule = DHROpenMax()
     try:
         state = checkpoint["open_set_rule"]
-        state = _from_first_form(state) if "estimator" in state else state
         for name in DHROpenMax.BUFFERS:
             setattr(rule, name, state[name].double())
         num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
@@ -262,25 +233,6 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the open-set rule in it is damaged ({reason}); train again") from error
     return rule
-
-
-def _from_first_form(state: dict[str, Any]) -> dict[str, Any]:
-    """The buffers of a rule as checkpoints of version 0.1 store it."""
-    estimator = state["estimator"]
-    openmax = estimator["openmax_"]
-
-    def tails(weibull: dict[str, Tensor]) -> Tensor:
-        return torch.stack([weibull[field] for field in Weibull._fields])
-
-    return {
-        "means": openmax["mean_activations_"],
-        "whitening": openmax["whitening_"],
-        "tails": tails(openmax["weibull_"]),
-        "latent_means": torch.stack(estimator["latent_means_"]),
-        "latent_whitening": torch.stack(estimator["latent_whitening_"]),
-        "latent_tails": tails(estimator["weibull_"]),
-        "offset": torch.tensor(estimator["offset_"], dtype=torch.float64),
-    }
 
 
 class Recogniser(nn.Module):
@@ -297,5 +249,5 @@ class Recogniser(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, K + 1], the unknown class last, of images as for `DHRNet`."""
-        logits, _, latents_avg = self.network.logits_and_latents(images)
-        return self.rule(logits, latents_avg)[1]
+        logits, latents_max, _ = self.network.logits_and_latents(images)
+        return self.rule(logits, latents_max)[1]

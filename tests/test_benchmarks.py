@@ -7,7 +7,6 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-import ablation
 import bench
 import numpy as np
 import peers
@@ -15,10 +14,12 @@ import pytest
 import ship
 import splits
 import torch
+import zoo
 from PIL import Image
 
+import train_dhr_nn
 from activations import Activations, load_shipped
-from methods import DHROpenMax, stored_rule
+from methods import OpenMaxSettings, build_methods, stored_rule
 from models import DHRNet, load_checkpoint
 from open_set_data import KNOWN_SPLITS, load_known
 from openmax import OpenMax, libmr
@@ -113,49 +114,42 @@ def test_splits_train_and_measure(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.pt")} == {"digits-0,1,2.pt", "digits-3,4,5.pt"}
 
 
-def test_ablation_starts_from_the_recorded_figures(capsys):
-    path = ablation.ROOT / "benchmarks" / "results" / "evaluate.json"
-    recorded = json.loads(path.read_text())["methods"]["dhr_openmax"]
-    ablation.main([])
-    rows = capsys.readouterr().out.splitlines()
-    figures = [float(cell) for cell in rows[2].split()[1:]]
-    expected = [
-        100 * recorded[name][metric]
-        for name in ablation.UNKNOWN_SETS
-        for metric in ("auroc", "macro_f1")
-    ]
-    assert figures == pytest.approx(expected, abs=0.25)  # of quantised activations
-    assert len(rows) == 12
+@pytest.fixture(scope="module")
+def zoo_figures():
+    return zoo.compare(zoo.load_for_tests(), lambda _: build_methods(OpenMaxSettings()))
 
 
-def test_every_variant_changes_the_scores():
-    train, val, images = (made_up_activations(seed) for seed in range(3))
-    scores = [score(images).unknownness for _, score in ablation.variants(train, val)]
-    assert len({tuple(np.argsort(each)) for each in scores}) == len(scores) == 10
+def test_the_rule_is_the_best_method_of_the_zoo_and_never_far_behind_another(zoo_figures):
+    rows = zoo.summary(zoo_figures)
+    ours = rows.pop("dhr_openmax")
+    assert ours["mean"] > max(row["mean"] for row in rows.values()) + 0.005
+    assert ours["regret"] < 0.01
 
 
-def test_variant_with_the_rules_own_openmax_is_the_rule_without_its_offset():
-    train, val, images = (made_up_activations(seed) for seed in range(3))
-    rule = DHROpenMax().fit(train, val)
-    same = ablation.with_openmax(rule, train, 5, "mahalanobis")(images)
-    without_offset = rule.score(images).unknownness + float(rule.offset)
-    assert same.unknownness == pytest.approx(without_offset, abs=1e-5)
-    assert (same.nearest_class == rule.score(images).nearest_class).all()
+def test_the_rule_accepts_about_95_percent_where_200_images_set_the_threshold(zoo_figures):
+    accepted = [task["dhr_openmax"]["accepted"] for name, task in zoo_figures.items()
+                if name.startswith("cifar")]  # fmt: skip
+    assert len(accepted) == 4
+    assert all(0.93 <= share <= 0.97 for share in accepted)
 
 
-def test_ablation_compares_settings_on_classes_left_out(digits_net, tmp_path, capsys):
-    ablation.main([str(digits_net), "--data-dir", str(tmp_path)])
-    printed = capsys.readouterr().out
-    rows = dict(line.rsplit(maxsplit=2)[:2] for line in printed.splitlines()[1:])
-    assert len(rows) == 4 + 10 + 5 + 2 * 5 * 5
-    assert rows["crosr"] == rows["crosr --tail-size 20 --alpha 0"]
-    assert rows["dhr_openmax"] == rows["dhr_openmax, tails of 20"]
-    assert float(rows["dhr_openmax"]) > 80
+def test_regret_is_the_distance_to_the_best_of_the_others():
+    def task(**areas):
+        return {name: {"auroc": area} for name, area in areas.items()}
+
+    rows = zoo.summary({"one": task(a=0.9, b=0.8, c=0.7), "two": task(a=0.6, b=0.65, c=0.5)})
+    assert {name: round(row["regret"], 9) for name, row in rows.items()} == {
+        "a": 0.05, "b": 0.1, "c": 0.2,
+    }  # fmt: skip
+    assert (rows["a"]["mean"], rows["a"]["lowest"]) == (0.75, 0.6)
 
 
-def test_ablation_needs_classes_left_out():
-    with pytest.raises(SystemExit, match="leaves no class out"):
-        ablation.load_fold(ablation.ROOT / "dhr_net.pt", ablation.ROOT / "data")
+def test_networks_of_the_zoo_know_and_leave_out_different_classes():
+    assert len({(network.name, network.seed) for network in zoo.NETWORKS}) == len(zoo.NETWORKS)
+    for network in zoo.NETWORKS:
+        assert train_dhr_nn.parse_args(network.flags.split())
+        names = network.known.split(",")
+        assert len(set(names)) == len(names)
 
 
 def test_shipped_activations_belong_to_the_refitted_checkpoint(digits_net, tmp_path):

@@ -1,0 +1,341 @@
+"""Compare the open-set methods on many small tasks, none of them a reported one.
+
+    python benchmarks/zoo.py            # fit and compare all methods on stored activations; seconds
+    python benchmarks/zoo.py --make     # first train what is missing, and store its activations
+
+Each network knows some classes of scikit-learn's digits, of the photographs in data/photos (one
+folder per kind), or of CIFAR-10's training images. Its tasks: test images of these classes against
+images of the classes left out and, for CIFAR-10, against photographs of other kinds: 32x32 patches,
+and whole ones scaled down. No image of a reported table takes part. Figures of a task are means
+over its networks, which know different classes. `cifar 500` has 500 training images a class, a
+third as many for validation and as many for testing.
+
+Regret: how far a method's AUROC lies behind the best of the other methods, at worst over all tasks.
+Training all networks takes about two hours on two cores with bfloat16 units.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from activations import Activations, extract, load_shipped, prepare_device, write_shipped
+from methods import DHROpenMax, OpenMaxSettings, build_methods
+from metrics import Scores, open_set_metrics
+from models import load_checkpoint, replace_file
+from open_set_data import KNOWN_SPLITS, ImageSet, fit_to, load_known, load_unknown
+from openmax import UNKNOWN
+
+DATA = ROOT / "data"
+VEHICLES_AND_HOOFED = "airplane,automobile,deer,horse,ship,truck"  # unknown: bird, cat, dog, frog
+ANIMALS = "bird,cat,deer,dog,frog,horse"  # unknown: airplane, automobile, ship, truck
+PHOTOS_OF_VEHICLES = (
+    "beach wagon", "convertible", "gondola", "lifeboat", "limousine", "moving van", "police van",
+    "school bus", "sports car",
+)  # fmt: skip
+UNKNOWN_KINDS = ("classes", "crops", "resized")
+METRICS = {"auroc": "AUROC", "fpr_at_95_tpr": "FPR95", "oscr": "OSCR", "macro_f1": "macro-F1"}
+TESTED = ROOT / "tests" / "zoo"
+TESTED_NETWORKS = ("digits 0", "digits ovr 0", "photos 12 0", "cifar 500 0", "cifar 500 ovr 0")
+TESTED_IMAGES = 1000  # of each set, at most
+TAIL_SIZES = (10, 20, 50, 100)
+OVR, DEEP, VGG = "--loss one-vs-rest", "--arch deep --epochs 20", "--arch vgg"
+Networks = dict[str, dict[str, Activations]]  # the sets of each network
+Figures = dict[str, dict[str, dict[str, float]]]  # of each task, method and metric
+
+
+class Network(NamedTuple):
+    """A network of the zoo; several of one name differ in their classes."""
+
+    name: str
+    dataset: str  # digits, photos, or cifar10-N: N training images a class
+    known: str  # classes; for photos, their number
+    flags: str = ""  # of train_dhr_nn.py
+    seed: int = 0
+
+
+NETWORKS = [
+    Network("digits", "digits", "0,1,2,3,4,5"),
+    Network("digits", "digits", "4,5,6,7,8,9", seed=1),
+    Network("digits ovr", "digits", "0,2,4,6,8,9", OVR),
+    Network("digits ovr", "digits", "1,3,5,7,8,9", OVR, seed=1),
+    *(Network("photos 4", "photos", "4", seed=seed) for seed in range(4)),
+    *(Network("photos 8", "photos", "8", seed=seed) for seed in range(3)),
+    *(Network("photos 12", "photos", "12", seed=seed) for seed in range(2)),
+    Network("cifar 500", "cifar10-500", VEHICLES_AND_HOOFED),
+    Network("cifar 500", "cifar10-500", ANIMALS, seed=1),
+    Network("cifar 500 ovr", "cifar10-500", ANIMALS, OVR),
+    Network("cifar 500 ovr", "cifar10-500", VEHICLES_AND_HOOFED, OVR, seed=1),
+    Network("cifar 1500", "cifar10-1500", ANIMALS),
+    Network("cifar 1500 ovr", "cifar10-1500", VEHICLES_AND_HOOFED, OVR),
+    Network("cifar 3000", "cifar10-3000", VEHICLES_AND_HOOFED),
+    Network("cifar 3000 ovr", "cifar10-3000", ANIMALS, OVR),
+    Network("vgg 1500", "cifar10-1500", VEHICLES_AND_HOOFED, VGG),
+    Network("deep", "cifar10-3000", VEHICLES_AND_HOOFED, DEEP),
+    Network("deep animals", "cifar10-3000", ANIMALS, DEEP),
+]
+
+
+def known_photos(network: Network) -> tuple[list[str], list[str]]:
+    """Known and unknown kinds of photographs, drawn by the network's seed and size."""
+    kinds = sorted(path.name for path in (DATA / "photos").iterdir())
+    count = int(network.known)
+    draw = 3 * network.seed + {8: 0, 4: 1, 12: 2}[count]
+    drawn = [str(kind) for kind in np.random.default_rng(draw).permutation(kinds)]
+    return drawn[:count], sorted(drawn[count:])
+
+
+def cifar_folder(per_class: int, out: Path) -> Path:
+    """CIFAR-10's training images as a folder of pictures: `per_class` for training in each class,
+    two thirds as many again for validation and test."""
+    folder = out / f"cifar10-{per_class}"
+    if not folder.exists():
+        cifar = load_known("cifar10", DATA)
+        images = np.concatenate([cifar.train.images, cifar.val.images])
+        labels = np.concatenate([cifar.train.labels, cifar.val.labels])
+        unfinished = folder.with_suffix(".unfinished")
+        for label, name in enumerate(cifar.classes):
+            (unfinished / name).mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(images[labels == label][: round(per_class / 0.6)]):
+                Image.fromarray(image).save(unfinished / name / f"{index}.png", compress_level=1)
+        unfinished.rename(folder)
+    return folder
+
+
+def photos_beside(known: str) -> dict[str, np.ndarray]:
+    """Photographs of nothing that a network of CIFAR-10 classes knows: patches, and whole ones."""
+    folders = [
+        folder for folder in sorted((DATA / "photos").iterdir())
+        if (folder.name in PHOTOS_OF_VEHICLES) == (known == ANIMALS)
+    ]  # fmt: skip
+    whole = np.concatenate([load_unknown(f"folder:{folder}", DATA, 64) for folder in folders])
+    corners = np.random.default_rng(0).integers(0, 64 - 32 + 1, (len(whole), 2))
+    crops = [i[y : y + 32, x : x + 32] for i, (y, x) in zip(whole, corners, strict=True)]
+    return {"crops": np.stack(crops), "resized": fit_to(whole, 32)}
+
+
+def make(network: Network, out: Path) -> None:
+    """Train a network and store what it says of all image sets of its tasks."""
+    path = out / f"{network.name} {network.seed}.npz"
+    if path.exists():
+        return
+    dataset, known, size = network.dataset, network.known, []
+    if dataset == "photos":
+        dataset, kinds = f"folder:{DATA / 'photos'}", known_photos(network)
+        known = ",".join(kinds[0])
+    elif dataset != "digits":
+        dataset = f"folder:{cifar_folder(int(dataset.split('-')[1]), out)}"
+        size = ["--image-size", "32"]
+    checkpoint = path.with_suffix(".pt")
+    if not checkpoint.exists():
+        flags = ["--dataset", dataset, "--known-classes", known, *size, *network.flags.split()]
+        flags += ["--seed", str(network.seed), "--out", str(checkpoint)]
+        flags += ["--resume"] * Path(f"{checkpoint}.partial").exists()
+        subprocess.run([sys.executable, str(ROOT / "train_dhr_nn.py"), *flags], check=True)
+    net, _ = load_checkpoint(checkpoint)
+    net.to(prepare_device("auto"))
+    data = load_known(dataset, DATA, known, net.config["image_size"])
+    unknown = {"classes": data.test_unknown}
+    if network.dataset == "photos":  # all images of the other kinds: it has seen none of them
+        others = [load_unknown(f"folder:{DATA / 'photos' / kind}", DATA, 64) for kind in kinds[1]]
+        unknown["classes"] = np.concatenate(others)
+    elif network.dataset != "digits":
+        unknown |= photos_beside(known)
+    sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
+    sets |= {name: ImageSet(i, np.full(len(i), UNKNOWN)) for name, i in unknown.items()}
+    arrays = {
+        f"{name}/{field}": array
+        for name, images in sets.items()
+        for field, array in extract(net, images, 250, name)._asdict().items()
+    }
+    replace_file(path, lambda file: np.savez(file, **arrays))
+
+
+def load(path: Path) -> dict[str, Activations]:
+    """The stored sets of a network."""
+    with np.load(path) as stored:
+        return {
+            name: Activations(*(stored[f"{name}/{field}"] for field in Activations._fields))
+            for name in {key.split("/")[0] for key in stored}
+        }
+
+
+def store_for_tests(networks: Networks) -> None:
+    """Write the part of the stored activations that the project's tests hold the rule to."""
+    TESTED.mkdir(exist_ok=True)
+    for name in TESTED_NETWORKS:
+        sets = {}
+        for kind in sorted(networks[name].keys() - {"resized"}):
+            first = Activations(*(array[:TESTED_IMAGES] for array in networks[name][kind]))
+            sets[kind] = first._replace(latents_avg=np.zeros_like(first.latents_avg))  # not needed
+        write_shipped(name, sets, TESTED / f"{name}.npz")
+
+
+def load_for_tests() -> Networks:
+    """What `store_for_tests` has written."""
+    networks = {}
+    for name in TESTED_NETWORKS:
+        path = TESTED / f"{name}.npz"
+        with np.load(path) as stored:
+            kinds = [key.split("/")[0] for key in stored if key.endswith("/labels")]
+        networks[name] = load_shipped(name, kinds, path)
+    return networks
+
+
+def compare(networks: Networks, build: Callable[[int], dict[str, Any]]) -> Figures:
+    """All metrics of every method on every task, averaged over the task's networks.
+
+    Args:
+        networks: the stored sets of each.
+        build: the number of classes to the methods to compare, by name.
+    """
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for network, sets in networks.items():
+        labels = sets["test_known"].labels
+        for name, method in build(sets["train"].logits.shape[1]).items():
+            method.fit(sets["train"], sets["val"])
+            known = method.score(sets["test_known"])
+            for kind in filter(sets.__contains__, UNKNOWN_KINDS):
+                scores = known, labels, method.score(sets[kind])
+                measured = open_set_metrics(*scores, method.threshold_)
+                measured["accepted"] = float(np.mean(known.unknownness <= method.threshold_))
+                task = runs.setdefault(f"{network.rsplit(' ', 1)[0]}, {kind}", {})
+                task.setdefault(name, []).append(measured)
+    return {
+        task: {
+            name: {key: statistics.fmean(run[key] for run in each) for key in each[0]}
+            for name, each in methods.items()
+        }
+        for task, methods in runs.items()
+    }
+
+
+def summary(figures: Figures, metric: str = "auroc") -> dict[str, dict[str, float]]:
+    """Of each method, the mean over all tasks; of the AUROC, the lowest and the regret too."""
+    result = {}
+    for name in next(iter(figures.values())):
+        values = [task[name][metric] for task in figures.values()]
+        result[name] = {"mean": statistics.fmean(values)}
+        if metric == "auroc":
+            best = [max(m["auroc"] for other, m in task.items() if other != name)
+                    for task in figures.values()]  # fmt: skip
+            regret = max(other - value for other, value in zip(best, values, strict=True))
+            result[name] |= {"lowest": min(values), "regret": regret}
+    return result
+
+
+def print_tasks(figures: Figures, metric: str, title: str) -> None:
+    """One row per task, one column per method, in %."""
+    names = list(next(iter(figures.values())))
+    print(f"\n{title + ' in %':28}" + "".join(f"{name:>13}" for name in names))
+    for task, methods in figures.items():
+        cells = "".join(f"{100 * methods[name][metric]:13.1f}" for name in names)
+        print(f"{task:28}{cells}")
+    rows = summary(figures, metric)
+    for row in rows[names[0]]:
+        print(f"{row:28}" + "".join(f"{100 * rows[name][row]:13.2f}" for name in names))
+
+
+def print_summary(figures: Figures, title: str) -> None:
+    print(f"\n{title:44}{'mean AUROC':>12}{'lowest':>8}")
+    for name, row in summary(figures).items():
+        print(f"{name:44}{100 * row['mean']:12.2f}{100 * row['lowest']:8.1f}")
+
+
+def settings(num_classes: int) -> dict[str, Any]:
+    """The published methods in both forms, with tails of several sizes."""
+    chosen = product(("openmax", "crosr"), {"0": 0, "all": num_classes}.items(), TAIL_SIZES)
+    return {
+        f"{name} --alpha {form} --tail-size {tail_size}":
+            build_methods(OpenMaxSettings(alpha=alpha, tail_size=tail_size))[name]
+        for name, (form, alpha), tail_size in chosen
+    }  # fmt: skip
+
+
+class OneTest(DHROpenMax):
+    """The rule with one of its two tests: a Weibull of infinite scale says nothing."""
+
+    def __init__(self, test: int) -> None:
+        super().__init__()
+        self.dropped = 1 - test
+
+    def _set(self, **arrays: Any) -> None:
+        if "tails" in arrays:
+            arrays["tails"][0, self.dropped] = np.inf
+        super()._set(**arrays)
+
+
+class MeanPooled(DHROpenMax):
+    """The rule on latents averaged over space, where CROSR takes their maximum."""
+
+    def fit(self, train: Activations, val: Activations) -> DHROpenMax:
+        return super().fit(*(each._replace(latents_max=each.latents_avg) for each in (train, val)))
+
+    def score(self, images: Activations) -> Scores:
+        return super().score(images._replace(latents_max=images.latents_avg))
+
+
+def variants(_: int) -> dict[str, Any]:
+    """The rule, and what it is without each of its parts."""
+    return {
+        "dhr_openmax": DHROpenMax(),
+        "evidence alone": OneTest(0),
+        "membership alone": OneTest(1),
+        "latents pooled by their mean": MeanPooled(),
+        "membership tail of 100": DHROpenMax(100),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--make", action="store_true", help="train and extract what is missing first")
+    add("--zoo", type=Path, default=DATA / "zoo", metavar="DIR",
+        help="networks and their activations (default data/zoo)")  # fmt: skip
+    add("--store-for-tests", action="store_true", help="write some of them to tests/zoo again")
+    add("--json", type=Path, metavar="PATH", help="write the figures there (default: no)")
+    args = parser.parse_args(argv)
+    if args.make:
+        args.zoo.mkdir(parents=True, exist_ok=True)
+        for network in NETWORKS:
+            make(network, args.zoo)
+    paths = [args.zoo / f"{network.name} {network.seed}.npz" for network in NETWORKS]
+    if missing := [path.stem for path in paths if not path.exists()]:
+        print(f"not there, see --make: {', '.join(missing)}")
+    networks = {path.stem: load(path) for path in paths if path.exists()}
+    if not networks:
+        parser.error(f"no activations in {args.zoo}: make them with --make")
+    if args.store_for_tests:
+        return store_for_tests(networks)
+    figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
+    for metric, title in METRICS.items():
+        print_tasks(figures, metric, title)
+    of_settings, of_variants = compare(networks, settings), compare(networks, variants)
+    print_summary(of_settings, "the published methods, both forms")
+    print_summary(of_variants, "what each part of dhr_openmax is worth")
+    if args.json:
+        results = {
+            "tasks": figures,
+            "settings": summary(of_settings),
+            "variants": summary(of_variants),
+        }
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

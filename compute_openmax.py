@@ -46,7 +46,7 @@ from methods import (
     build_methods,
     stored_rule,
 )
-from metrics import Scores, open_set_metrics
+from metrics import ACCEPTED_SHARE, Scores, open_set_metrics
 from models import DHRNet, check_writable, load_checkpoint, replace_file, software_versions
 from open_set_data import (
     HELD_OUT_CLASSES,
@@ -386,8 +386,8 @@ def print_results(results: dict[str, Any]) -> None:
     print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
     low, high = acceptance_interval(count)
     print(
-        f"each threshold accepts 95 % of {count:,} validation images; of new known images, expect "
-        f"{100 * low:.0f} to {100 * high:.0f} %"
+        f"each threshold accepts {100 * ACCEPTED_SHARE:.0f} % of {count:,} validation images; "
+        f"of new known images, expect {100 * low:.0f} to {100 * high:.0f} %"
     )
     for unknown in methods["msp"]:
         print(f"\n{results['known']} (known) against {unknown} (unknown), in %")

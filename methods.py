@@ -18,11 +18,10 @@ from scipy.stats import beta
 from torch import Tensor, nn
 
 from activations import Activations
-from metrics import Scores, threshold_accepting
+from metrics import ACCEPTED_SHARE, Scores, threshold_accepting
 from models import LATENT_CHANNELS, DHRNet
 from openmax import LARGEST_HAZARD, UNKNOWN, OpenMax, fit_tail, fit_weibulls
 
-ACCEPTED_SHARE = 0.95  # of the validation images; sets each method's threshold
 TAIL_SIZE = 20  # largest distances a Weibull is fitted to, as published; fewer of few images
 
 
@@ -51,7 +50,7 @@ class MSP:
     """1 - the largest softmax probability (Hendrycks and Gimpel 2017)."""
 
     def fit(self, train: Activations, val: Activations) -> "MSP":
-        self.threshold_ = threshold_accepting(self.score(val).unknownness, ACCEPTED_SHARE)
+        self.threshold_ = threshold_accepting(self.score(val).unknownness)
         return self
 
     def score(self, images: Activations) -> Scores:
@@ -64,7 +63,7 @@ class MaxLogit:
     """Minus the largest logit (Vaze et al. 2022); its probabilities are the logits' sigmoids."""
 
     def fit(self, train: Activations, val: Activations) -> "MaxLogit":
-        self.threshold_ = threshold_accepting(self.score(val).unknownness, ACCEPTED_SHARE)
+        self.threshold_ = threshold_accepting(self.score(val).unknownness)
         return self
 
     def score(self, images: Activations) -> Scores:
@@ -88,7 +87,7 @@ class OpenMaxMethod:
         latents, distance, tail_size, alpha = self.settings
         openmax = OpenMax(tail_size, alpha, distance, num_logits=train.logits.shape[1])
         self.openmax_ = openmax.fit(train.vectors(latents), train.labels)
-        self.threshold_ = threshold_accepting(self.score(val).unknownness, ACCEPTED_SHARE)
+        self.threshold_ = threshold_accepting(self.score(val).unknownness)
         return self
 
     def score(self, images: Activations) -> Scores:
@@ -150,7 +149,7 @@ class DHROpenMax(nn.Module):
         evidence, distances = self.tests(*_tensors(val)).T.numpy()
         tail = fit_weibulls([distances], self.tail_size, ["validation"])
         self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
-        self._set(offset=threshold_accepting(self.score(val).unknownness, ACCEPTED_SHARE))
+        self._set(offset=threshold_accepting(self.score(val).unknownness))
         return self
 
     def _set(self, **arrays: Any) -> None:

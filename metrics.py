@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, ro
 
 from openmax import UNKNOWN
 
+ACCEPTED_SHARE = 0.95  # of known images, where thresholds are set and FPR95 is measured
 LARGEST_SCORE = 1e300  # infinite scores become this: scikit-learn takes finite ones
 
 Array = NDArray[np.float64]
@@ -57,7 +58,7 @@ def aupr_unknown(known_scores: ArrayLike, unknown_scores: ArrayLike) -> float:
     return float(min(1, average_precision_score(is_unknown, scores)))
 
 
-def threshold_accepting(known_scores: ArrayLike, share: float = 0.95) -> float:
+def threshold_accepting(known_scores: ArrayLike, share: float = ACCEPTED_SHARE) -> float:
     """Smallest of the scores that accepts at least this share (0..1) of the known images."""
     return float(np.quantile(_checked(known_scores), share, method="inverted_cdf"))
 

@@ -21,8 +21,8 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from activations import Activations
-from methods import ACCEPTED_SHARE, acceptance_interval
-from metrics import Scores, ccr_and_fpr
+from methods import acceptance_interval
+from metrics import ACCEPTED_SHARE, Scores, ccr_and_fpr
 from models import replace_file
 from openmax import UNKNOWN, adapted_tail_size
 
@@ -154,7 +154,8 @@ def add_results(page: Page, results: Results) -> None:
     known = results["known"]
     name, measured = next(iter(results["methods"][OURS].items()))
     rejected = f"{1 - measured['fpr_at_95_tpr']:.1%} of the {name} images"
-    page.add("h1", f"While {OURS} accepts 95% of the {known} test images, it rejects {rejected}.")
+    while_accepting = f"While {OURS} accepts {ACCEPTED_SHARE:.0%} of the {known} test images"
+    page.add("h1", f"{while_accepting}, it rejects {rejected}.")
     page.add("h2", "Results")
     for unknown in results["methods"][OURS]:
         page.parts.append("<table>")

@@ -221,36 +221,45 @@ def compare(networks: Networks, build: Callable[[int], dict[str, Any]]) -> Figur
     }
 
 
-def summary(figures: Figures, metric: str = "auroc") -> dict[str, dict[str, float]]:
-    """Of each method, the mean over all tasks; of the AUROC, the lowest and the regret too."""
-    result = {}
+def means(figures: Figures) -> dict[str, dict[str, float]]:
+    """Of each method, the mean of every metric over the tasks, and its lowest AUROC."""
+    result: dict[str, dict[str, float]] = {}
     for name in next(iter(figures.values())):
-        values = [task[name][metric] for task in figures.values()]
-        result[name] = {"mean": statistics.fmean(values)}
-        if metric == "auroc":
-            best = [max(m["auroc"] for other, m in task.items() if other != name)
-                    for task in figures.values()]  # fmt: skip
-            regret = max(other - value for other, value in zip(best, values, strict=True))
-            result[name] |= {"lowest": min(values), "regret": regret}
+        each = [methods[name] for methods in figures.values()]
+        result[name] = {key: statistics.fmean(task[key] for task in each) for key in METRICS}
+        result[name]["lowest"] = min(task["auroc"] for task in each)
     return result
+
+
+def regret(figures: Figures) -> dict[str, float]:
+    """How far each method's AUROC lies behind the best of the others, at worst over the tasks."""
+    return {
+        name: max(
+            max(of["auroc"] for other, of in methods.items() if other != name)
+            - methods[name]["auroc"]
+            for methods in figures.values()
+        )
+        for name in next(iter(figures.values()))
+    }
 
 
 def print_tasks(figures: Figures, metric: str, title: str) -> None:
     """One row per task, one column per method, in %."""
     names = list(next(iter(figures.values())))
+    rows = {task: [methods[name][metric] for name in names] for task, methods in figures.items()}
+    rows["mean"] = [row[metric] for row in means(figures).values()]
+    if metric == "auroc":
+        rows["regret"] = list(regret(figures).values())
     print(f"\n{title + ' in %':28}" + "".join(f"{name:>13}" for name in names))
-    for task, methods in figures.items():
-        cells = "".join(f"{100 * methods[name][metric]:13.1f}" for name in names)
-        print(f"{task:28}{cells}")
-    rows = summary(figures, metric)
-    for row in rows[names[0]]:
-        print(f"{row:28}" + "".join(f"{100 * rows[name][row]:13.2f}" for name in names))
+    for row, values in rows.items():
+        print(f"{row:28}" + "".join(f"{100 * value:13.1f}" for value in values))
 
 
-def print_summary(figures: Figures, title: str) -> None:
-    print(f"\n{title:44}{'mean AUROC':>12}{'lowest':>8}")
-    for name, row in summary(figures).items():
-        print(f"{name:44}{100 * row['mean']:12.2f}{100 * row['lowest']:8.1f}")
+def print_means(figures: Figures, title: str) -> None:
+    columns = [*METRICS.values(), "lowest AUROC"]
+    print(f"\n{title + ', means in %':44}" + "".join(f"{column:>13}" for column in columns))
+    for name, row in means(figures).items():
+        print(f"{name:44}" + "".join(f"{100 * value:13.2f}" for value in row.values()))
 
 
 def settings(num_classes: int) -> dict[str, Any]:
@@ -326,13 +335,14 @@ def main(argv: list[str] | None = None) -> None:
     for metric, title in METRICS.items():
         print_tasks(figures, metric, title)
     of_settings, of_variants = compare(networks, settings), compare(networks, variants)
-    print_summary(of_settings, "the published methods, both forms")
-    print_summary(of_variants, "what each part of dhr_openmax is worth")
+    print_means(of_settings, "published methods, both forms")
+    print_means(of_variants, "parts of dhr_openmax")
     if args.json:
         results = {
             "tasks": figures,
-            "settings": summary(of_settings),
-            "variants": summary(of_variants),
+            "regret": regret(figures),
+            "settings": means(of_settings),
+            "variants": means(of_variants),
         }
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

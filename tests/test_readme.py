@@ -96,6 +96,34 @@ def test_table_of_splits_holds_the_recorded_figures(method):
     assert row_of(method, text) == [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
 
 
+ZOO = json.loads((RESULTS / "zoo.json").read_text())
+
+
+def test_table_of_the_zoo_holds_the_recorded_figures():
+    text = BENCHMARKS.split("## The zoo")[1].split("## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    shown = {row[0]: row[1:] for row in rows[2:]}
+    expected = {
+        task: [f"{100 * methods[name]['auroc']:.1f}" for name in METHODS]
+        for task, methods in ZOO["tasks"].items()
+    }
+    means = {
+        "**mean**": "auroc",
+        "**mean FPR95**": "fpr_at_95_tpr",
+        "**mean OSCR**": "oscr",
+        "**mean macro-F1**": "macro_f1",
+    }
+    for row, metric in means.items():
+        columns = [[task[name][metric] for task in ZOO["tasks"].values()] for name in METHODS]
+        expected[row] = [f"{100 * np.mean(column):.1f}" for column in columns]
+    expected["**regret**"] = [f"{100 * ZOO['regret'][name]:.1f}" for name in METHODS]
+    assert shown == expected
+
+
 def epochs_of(record):
     """The epoch lines, split into columns, of a recorded training run."""
     lines = (RESULTS / record).read_text().splitlines()

@@ -9,14 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from distributed import rank
-from models import LATENT_CHANNELS, DHRNet, replace_file
+from models import LATENT_CHANNELS, DHRNet, load_checkpoint, replace_file
 from open_set_data import ImageSet, ImagesUnavailable
 
 CACHE_VERSION = 1  # raise it when the network computes something else from the same checkpoint
@@ -64,6 +64,17 @@ def prepare_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here; use --device cpu") from error
+
+
+def load_network(path: Path, device: str = "auto") -> tuple[DHRNet, dict[str, Any]]:
+    """The network of a checkpoint in evaluation mode on a device, and the checkpoint.
+
+    Raises:
+        ValueError, OSError: as `prepare_device` and `models.load_checkpoint`.
+    """
+    chosen = prepare_device(device)
+    network, checkpoint = load_checkpoint(path)
+    return network.to(chosen).to(memory_format=torch.channels_last), checkpoint
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from activations import (
@@ -34,8 +33,8 @@ from activations import (
     explain,
     extract,
     keep_freed_memory,
+    load_network,
     load_shipped,
-    prepare_device,
     reconstruct,
 )
 from distributed import first_process_first, joined_processes, rank, shared_out
@@ -47,13 +46,14 @@ from methods import (
     stored_rule,
 )
 from metrics import ACCEPTED_SHARE, Scores, open_set_metrics
-from models import DHRNet, check_writable, load_checkpoint, replace_file, software_versions
+from models import DHRNet, check_writable, replace_file, software_versions
 from open_set_data import (
     HELD_OUT_CLASSES,
     KNOWN_SPLITS,
     UNKNOWN_SETS,
     ImageSet,
     ImagesUnavailable,
+    as_unknown,
     check_same_images,
     fit_to,
     image_files,
@@ -138,9 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def open_network(args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
     """The network on its device, and its checkpoint; says what they are."""
-    device = prepare_device(args.device)
-    network, checkpoint = load_checkpoint(args.checkpoint)
-    network.to(device).to(memory_format=torch.channels_last)
+    network, checkpoint = load_network(args.checkpoint, args.device)
     print(
         f"{args.checkpoint}: {network.config['arch']} DHR network, "
         f"{len(checkpoint['known_classes'])} classes, epoch {checkpoint['epoch']}, "
@@ -196,8 +194,7 @@ def classified(
     if not len(pixels):
         return rows
     pixels = fit_to(pixels, network.config["image_size"], network.config["in_channels"])
-    images = ImageSet(pixels, np.full(len(pixels), UNKNOWN))
-    scores = rule.score(extract(network, images, len(pixels)))
+    scores = rule.score(extract(network, as_unknown(pixels), len(pixels)))
     for row, label, nearest, probabilities in zip(
         [row for row in rows if not row["error"]],
         scores.predict(rule.threshold_),
@@ -354,7 +351,7 @@ def load_image_sets(
             images = data.test_unknown
         else:
             images = load_unknown(name, data_dir, size, channels, seed)
-        sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
+        sets[name] = as_unknown(images)
     return sets
 
 

@@ -172,11 +172,9 @@ class DHROpenMax(nn.Module):
             latents_max: [N, 32 L], max-pooled latents, level by level.
         """
         scale, shape, location = self.tails
-        reach = ((self.tests(logits, latents_max) - location).clamp_min(0) / scale).pow(shape)
-        log_odds = reach.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
-        known = (
-            (-log_odds).clamp_min(-600).sigmoid()[:, None]
-        )  # never 0: the order of classes stays
+        hazards = ((self.tests(logits, latents_max) - location).clamp_min(0) / scale).pow(shape)
+        log_odds = hazards.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
+        known = (-log_odds).clamp_min(-600).sigmoid()[:, None]  # never 0, which would tie classes
         known = logits.double().softmax(dim=1) * known
         return log_odds, torch.hstack([known, log_odds.sigmoid()[:, None]])
 

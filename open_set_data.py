@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pictures
+from openmax import UNKNOWN
 from pictures import ImageSet as ImageSet
 from pictures import fit_to as fit_to
 from pictures import image_files as image_files
@@ -140,6 +141,11 @@ def load_unknown(
     return fit_to(images, image_size, channels)
 
 
+def as_unknown(images: np.ndarray) -> ImageSet:
+    """Images [N, H, W, C] of unknown classes, labelled so."""
+    return ImageSet(images, np.full(len(images), UNKNOWN))
+
+
 def load_cifar100_test(data_dir: Path) -> ImageSet:
     """Load the 10,000 test images of CIFAR-100; labels 0..99 follow the sorted class names.
 
@@ -193,7 +199,7 @@ def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSe
         classes, train = _read_torchvision(name, data_dir, "train")
         return classes, train, _read_torchvision(name, data_dir, "test")[1]
     # TinyImageNet's validation images, whose labels are public, serve as test images.
-    files = [_tiny_imagenet_files(data_dir, part) for part in ("train", "val")]
+    files = [tiny_imagenet_files(data_dir, part) for part in ("train", "val")]
     rows = (files[1][0].parent.parent / "val_annotations.txt").read_text().splitlines()
     class_of = dict(row.split("\t")[:2] for row in rows)
     class_of |= {file.name: file.parent.parent.name for file in files[0]}
@@ -251,14 +257,14 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
     archive = any((data_dir / f"Imagenet{end}").exists() for end in ("/test", ".tar.gz"))
     if not name.startswith("tiny") or (name.endswith("crop") and archive and not original):
         return _read_odin_archive(name, data_dir)
-    files = _tiny_imagenet_files(data_dir, "test")
+    files = tiny_imagenet_files(data_dir, "test")
     if name.endswith("resize"):
         return pictures.read_and_report(name, files, image_size)[0]
     images, _ = pictures.read_and_report(name, files, 64)
-    return _random_crops(images, image_size, rng)
+    return random_crops(images, image_size, rng)
 
 
-def _tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
+def tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
     """The images of `train`, `val` or `test` by their names, in the folder or inside the zip."""
     folder = data_dir / "tiny-imagenet-200" / part
     if folder.is_dir():
@@ -311,7 +317,7 @@ def _downloading(name: str, path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """One size x size patch of each image [N, H, W, C] at an offset drawn uniformly."""
     count, height, width, _ = images.shape
     if size > min(height, width):

@@ -154,8 +154,8 @@ def add_results(page: Page, results: Results) -> None:
     known = results["known"]
     name, measured = next(iter(results["methods"][OURS].items()))
     rejected = f"{1 - measured['fpr_at_95_tpr']:.1%} of the {name} images"
-    while_accepting = f"While {OURS} accepts {ACCEPTED_SHARE:.0%} of the {known} test images"
-    page.add("h1", f"{while_accepting}, it rejects {rejected}.")
+    accepted = f"{ACCEPTED_SHARE:.0%} of the {known} test images"
+    page.add("h1", f"While {OURS} accepts {accepted}, it rejects {rejected}.")
     page.add("h2", "Results")
     for unknown in results["methods"][OURS]:
         page.parts.append("<table>")

@@ -25,23 +25,24 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import Activations, extract, prepare_device
+from activations import Activations, extract, load_network
 from methods import OpenMaxSettings, build_methods
 from metrics import auroc, fpr_at_95_tpr
-from models import DHRNet, load_checkpoint
+from models import DHRNet
 from open_set_data import (
+    TORCHVISION,
     ImageSet,
     ImagesUnavailable,
-    image_files,
+    as_unknown,
     load_cifar100_test,
     load_known,
     load_unknown,
     read_images,
+    tiny_imagenet_files,
 )
-from openmax import UNKNOWN
 
 NEAR = ("cifar100", "tiny-imagenet")
-FAR = {"svhn": "test_32x32.mat", "mnist": "MNIST", "textures": "dtd", "places365": "places365"}
+FAR = ("svhn", "mnist", "textures")
 BOARD = (  # training, score, near-OOD AUROC in %, closed-set accuracy in %
     ("RotPred + PixMix", "RotPred", 94.86, 95.91),
     ("LogitNorm + PixMix", "MSP", 94.25, 94.60),
@@ -51,16 +52,15 @@ BOARD = (  # training, score, near-OOD AUROC in %, closed-set accuracy in %
     ("cross-entropy", "KNN", 90.64, 95.06),
     ("cross-entropy", "OpenMax", 87.62, 95.06),
 )
-Scores = dict[str, dict[str, np.ndarray]]  # of each method, on each set
 
 
-def benchmark_sets(data_dir: Path) -> dict[str, ImageSet]:
-    """The known test images and all unknown sets at hand, 32x32; says what is not the whole."""
+def benchmark_sets(test: ImageSet, data_dir: Path) -> dict[str, ImageSet]:
+    """Known images, of CIFAR-10's test images, and all unknown sets at hand, 32x32; says what is
+    not the whole."""
     lists = json.loads((Path(__file__).parent / "openood_cifar10.json").read_text())
-    known = load_known("cifar10", data_dir).test_known
-    sets = {"known": known.where(~np.isin(np.arange(10_000), lists["known_left_out"]))}
+    sets = {"known": test.where(~np.isin(np.arange(10_000), lists["known_left_out"]))}
     cifar100 = load_cifar100_test(data_dir)
-    if (data_dir / "cifar-100-python").exists():  # the folder of PNGs has another order
+    if (data_dir / TORCHVISION["cifar100"][1]).exists():  # the folder of PNGs has another order
         classes = sorted(lists["cifar100_used"])
         used = [np.flatnonzero(cifar100.labels == label)[np.array(lists["cifar100_used"][c]) - 1]
                 for label, c in enumerate(classes)]  # fmt: skip
@@ -68,19 +68,15 @@ def benchmark_sets(data_dir: Path) -> dict[str, ImageSet]:
     else:
         print("cifar100: all 10,000 test images, where the benchmark takes 9,000 (AUROC +-0.04)")
     unknown = {"cifar100": cifar100.images}
-    folder = data_dir / "tiny-imagenet-200" / "val" / "images"
-    if not folder.is_dir():
-        raise ImagesUnavailable(f"{folder}: no such folder; put the TinyImageNet images there")
     left_out = {f"val_{number}.JPEG" for number in lists["tin_left_out"]}
-    files = [file for file in image_files([folder]) if file.name not in left_out]
+    files = [file for file in tiny_imagenet_files(data_dir, "val") if file.name not in left_out]
     unknown["tiny-imagenet"] = read_images(files, 32)[0]
-    for name, path in FAR.items():
-        if (data_dir / path).exists():
-            source = f"folder:{data_dir / path}" if name == "places365" else name
-            unknown[name] = load_unknown(source, data_dir, 32)
-    sets |= {name: ImageSet(images, np.full(len(images), UNKNOWN))
-             for name, images in unknown.items()}  # fmt: skip
-    return sets
+    for name in FAR:
+        if (data_dir / TORCHVISION[name][1].format(split="test")).exists():
+            unknown[name] = load_unknown(name, data_dir, 32)
+    if (places := data_dir / "places365").is_dir():
+        unknown["places365"] = load_unknown(f"folder:{places}", data_dir, 32)
+    return sets | {name: as_unknown(images) for name, images in unknown.items()}
 
 
 def extract_with_features(
@@ -153,6 +149,33 @@ def print_board(results: dict[str, Any]) -> None:
         print(f"{training + ', ' + score:38}{near:7.2f}   accuracy {closed:.2f}")
 
 
+def run(path: Path, data_dir: Path, device: str) -> dict[str, Any]:
+    """Measure all methods, and pytorch-ood's detectors where it is installed."""
+    network, checkpoint = load_network(path, device)
+    if checkpoint["train_args"]["dataset"] != "cifar10" or len(checkpoint["known_classes"]) < 10:
+        raise ValueError(f"{path} does not know the ten classes of CIFAR-10")
+    data = load_known("cifar10", data_dir)
+    image_sets = benchmark_sets(data.test_known, data_dir)
+    tested = list(image_sets)
+    image_sets |= {"train": data.train, "val": data.val}
+    sets = {
+        name: extract_with_features(network, images, name) for name, images in image_sets.items()
+    }
+    known = sets["known"][0]
+    methods = {}
+    for name, method in build_methods(OpenMaxSettings()).items():
+        method.fit(sets["train"][0], sets["val"][0])
+        scores = {each: method.score(sets[each][0]).unknownness for each in tested}
+        methods[name] = measure(scores)
+    try:
+        for name, scores in peer_scores(network, sets, tested):
+            methods[f"pytorch-ood {name}"] = measure(scores)
+    except ImportError:
+        print("pytorch-ood is not installed: pip install pytorch-ood")
+    accuracy = float(np.mean(known.logits.argmax(axis=1) == known.labels))
+    return {"accuracy": 100 * accuracy, "methods": methods}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -165,29 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", help="as in the scripts (default auto)")
     add("--json", type=Path, help="write the figures there (default: no)")
     args = parser.parse_args(argv)
-    network, checkpoint = load_checkpoint(args.network)
-    if checkpoint["train_args"]["dataset"] != "cifar10" or len(checkpoint["known_classes"]) < 10:
-        parser.error(f"{args.network} does not know the ten classes of CIFAR-10")
-    network.to(prepare_device(args.device)).to(memory_format=torch.channels_last)
-    data = load_known("cifar10", args.data_dir)
-    image_sets = {"train": data.train, "val": data.val, **benchmark_sets(args.data_dir)}
-    sets = {
-        name: extract_with_features(network, images, name) for name, images in image_sets.items()
-    }
-    tested = [name for name in sets if name not in ("train", "val")]
-    results: dict[str, Any] = {}
-    known = sets["known"][0]
-    results["accuracy"] = 100 * float(np.mean(known.logits.argmax(axis=1) == known.labels))
-    results["methods"] = {}
-    for name, method in build_methods(OpenMaxSettings()).items():
-        method.fit(sets["train"][0], sets["val"][0])
-        scores = {each: method.score(sets[each][0]).unknownness for each in tested}
-        results["methods"][name] = measure(scores)
     try:
-        for name, scores in peer_scores(network, sets, tested):
-            results["methods"][f"pytorch-ood {name}"] = measure(scores)
-    except ImportError:
-        print("pytorch-ood is not installed: pip install pytorch-ood")
+        results = run(args.network, args.data_dir, args.device)
+    except (ImagesUnavailable, ValueError, OSError) as error:
+        raise SystemExit(f"openood.py: error: {error}") from error
     print_board(results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -10,30 +10,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import SHIPPED_PATH, extract, prepare_device, write_shipped
+from activations import SHIPPED_PATH, extract, load_network, write_shipped
 from methods import DHROpenMax
-from models import NETWORK_KEYS, load_checkpoint, save_checkpoint
-from open_set_data import KNOWN_SPLITS, ImageSet, load_known, load_unknown
-from openmax import UNKNOWN
+from models import NETWORK_KEYS, save_checkpoint
+from open_set_data import KNOWN_SPLITS, as_unknown, load_known, load_unknown
 
 UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 
 
 def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNOWN_SETS) -> None:
-    network, saved = load_checkpoint(path)
-    network.to(prepare_device("auto")).to(memory_format=torch.channels_last)
+    network, saved = load_network(path)
     args, size = saved["train_args"], network.config["image_size"]
     known = load_known(args["dataset"], ROOT / "data", args["known_classes"], size)
     image_sets = {name: getattr(known, name) for name in KNOWN_SPLITS}
     for name in unknown_sets:
         images = load_unknown(name, ROOT / "data", size, network.config["in_channels"])
-        image_sets[name] = ImageSet(images, np.full(len(images), UNKNOWN))
+        image_sets[name] = as_unknown(images)
     sets = {name: extract(network, images, 250, name) for name, images in image_sets.items()}
     if refit:
         saved["open_set_rule"] = DHROpenMax().fit(sets["train"], sets["val"]).state_dict()

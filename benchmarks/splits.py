@@ -24,23 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import extract, prepare_device
+from activations import extract, load_network
 from methods import OpenMaxSettings, build_methods
 from metrics import open_set_metrics
-from models import load_checkpoint
 from open_set_data import (
-    ImageSet,
+    TORCHVISION,
     ImagesUnavailable,
+    as_unknown,
     fit_to,
     load_cifar100_test,
     load_known,
 )
-from openmax import UNKNOWN
 
 # Indices into the sorted class names.
 KNOWN = {
@@ -99,11 +97,10 @@ Figures = dict[str, dict[str, float]]  # of each method, and the closed-set accu
 
 def on_disk(protocol: str, data_dir: Path) -> bool:
     """Whether a protocol's images are in the data folder."""
-    paths = {
-        "mnist": "MNIST", "svhn": "train_32x32.mat", "tiny-imagenet": "tiny-imagenet-200/train"
-    }  # fmt: skip
-    cifar100 = any((data_dir / path).is_dir() for path in ("cifar-100-python", "cifar100/test"))
-    there = (data_dir / paths.get(protocol, "cifar-10-batches-py")).exists()
+    paths = {name: path.format(split="train") for name, (_, path) in TORCHVISION.items()}
+    paths["tiny-imagenet"] = "tiny-imagenet-200/train"
+    cifar100 = any((data_dir / path).is_dir() for path in (paths["cifar100"], "cifar100/test"))
+    there = (data_dir / paths.get(protocol, paths["cifar10"])).exists()
     return there and (cifar100 or protocol not in CIFAR100_UNKNOWN)
 
 
@@ -141,14 +138,12 @@ def measure(
         device: as in the scripts.
         unknown: [N, H, W, C] uint8; None for the test images of the classes left out.
     """
-    network, saved = load_checkpoint(checkpoint)
-    network.to(prepare_device(device)).to(memory_format=torch.channels_last)
+    network, saved = load_network(checkpoint, device)
     trained, config = saved["train_args"], network.config
     size = config["image_size"]
     data = load_known(trained["dataset"], data_dir, trained["known_classes"], size)
     unknown = data.test_unknown if unknown is None else fit_to(unknown, size, config["in_channels"])
-    image_sets = (data.train, data.val, data.test_known,
-                  ImageSet(unknown, np.full(len(unknown), UNKNOWN)))  # fmt: skip
+    image_sets = (data.train, data.val, data.test_known, as_unknown(unknown))
     train, val, known, others = (extract(network, images, 250) for images in image_sets)
     accuracy = float(np.mean(known.logits.argmax(axis=1) == known.labels))
     figures = {"accuracy": {"closed_set": accuracy}}

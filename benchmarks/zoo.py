@@ -11,7 +11,7 @@ over its networks, which know different classes. `cifar 500` has 500 training im
 third as many for validation and as many for testing.
 
 Regret: how far a method's AUROC lies behind the best of the other methods, at worst over all tasks.
-Training all networks takes about two hours on two cores with bfloat16 units.
+Training all networks takes hours on two cores with bfloat16 units.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import Activations, extract, load_shipped, prepare_device, write_shipped
+from activations import Activations, extract, load_network, load_shipped, write_shipped
 from methods import DHROpenMax, OpenMaxSettings, build_methods
 from metrics import Scores, open_set_metrics
-from models import load_checkpoint, replace_file
-from open_set_data import KNOWN_SPLITS, ImageSet, fit_to, load_known, load_unknown
-from openmax import UNKNOWN
+from models import replace_file
+from open_set_data import (
+    KNOWN_SPLITS,
+    as_unknown,
+    fit_to,
+    load_known,
+    load_unknown,
+    random_crops,
+)
 
 DATA = ROOT / "data"
 VEHICLES_AND_HOOFED = "airplane,automobile,deer,horse,ship,truck"  # unknown: bird, cat, dog, frog
@@ -85,12 +91,21 @@ NETWORKS = [
 ]
 
 
+def photo_kinds() -> list[str]:
+    return sorted(path.name for path in (DATA / "photos").iterdir())
+
+
+def photographs(kinds: Iterable[str]) -> np.ndarray:
+    """All photographs of some kinds, 64x64."""
+    folders = (f"folder:{DATA / 'photos' / kind}" for kind in kinds)
+    return np.concatenate([load_unknown(folder, DATA, 64) for folder in folders])
+
+
 def known_photos(network: Network) -> tuple[list[str], list[str]]:
     """Known and unknown kinds of photographs, drawn by the network's seed and size."""
-    kinds = sorted(path.name for path in (DATA / "photos").iterdir())
     count = int(network.known)
     draw = 3 * network.seed + {8: 0, 4: 1, 12: 2}[count]
-    drawn = [str(kind) for kind in np.random.default_rng(draw).permutation(kinds)]
+    drawn = [str(kind) for kind in np.random.default_rng(draw).permutation(photo_kinds())]
     return drawn[:count], sorted(drawn[count:])
 
 
@@ -113,14 +128,11 @@ def cifar_folder(per_class: int, out: Path) -> Path:
 
 def photos_beside(known: str) -> dict[str, np.ndarray]:
     """Photographs of nothing that a network of CIFAR-10 classes knows: patches, and whole ones."""
-    folders = [
-        folder for folder in sorted((DATA / "photos").iterdir())
-        if (folder.name in PHOTOS_OF_VEHICLES) == (known == ANIMALS)
-    ]  # fmt: skip
-    whole = np.concatenate([load_unknown(f"folder:{folder}", DATA, 64) for folder in folders])
-    corners = np.random.default_rng(0).integers(0, 64 - 32 + 1, (len(whole), 2))
-    crops = [i[y : y + 32, x : x + 32] for i, (y, x) in zip(whole, corners, strict=True)]
-    return {"crops": np.stack(crops), "resized": fit_to(whole, 32)}
+    vehicles = known == ANIMALS
+    whole = photographs(k for k in photo_kinds() if (k in PHOTOS_OF_VEHICLES) == vehicles)
+    return {
+        "crops": random_crops(whole, 32, np.random.default_rng(0)), "resized": fit_to(whole, 32)
+    }  # fmt: skip
 
 
 def make(network: Network, out: Path) -> None:
@@ -141,17 +153,15 @@ def make(network: Network, out: Path) -> None:
         flags += ["--seed", str(network.seed), "--out", str(checkpoint)]
         flags += ["--resume"] * Path(f"{checkpoint}.partial").exists()
         subprocess.run([sys.executable, str(ROOT / "train_dhr_nn.py"), *flags], check=True)
-    net, _ = load_checkpoint(checkpoint)
-    net.to(prepare_device("auto"))
+    net, _ = load_network(checkpoint)
     data = load_known(dataset, DATA, known, net.config["image_size"])
     unknown = {"classes": data.test_unknown}
     if network.dataset == "photos":  # all images of the other kinds: it has seen none of them
-        others = [load_unknown(f"folder:{DATA / 'photos' / kind}", DATA, 64) for kind in kinds[1]]
-        unknown["classes"] = np.concatenate(others)
+        unknown["classes"] = photographs(kinds[1])
     elif network.dataset != "digits":
         unknown |= photos_beside(known)
     sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
-    sets |= {name: ImageSet(i, np.full(len(i), UNKNOWN)) for name, i in unknown.items()}
+    sets |= {name: as_unknown(images) for name, images in unknown.items()}
     arrays = {
         f"{name}/{field}": array
         for name, images in sets.items()

@@ -139,12 +139,26 @@ def test_regret_is_the_distance_to_the_best_of_the_others():
     assert zoo.regret(figures) == pytest.approx({"a": 0.05, "b": 0.1, "c": 0.2})
 
 
-def test_networks_of_the_zoo_know_and_leave_out_different_classes():
+def test_no_network_of_the_zoo_is_listed_twice_and_their_flags_parse():
     assert len({(network.name, network.seed) for network in zoo.NETWORKS}) == len(zoo.NETWORKS)
     for network in zoo.NETWORKS:
         assert train_dhr_nn.parse_args(network.flags.split())
         names = network.known.split(",")
         assert len(set(names)) == len(names)
+
+
+def test_networks_of_one_name_know_different_classes(monkeypatch):
+    monkeypatch.setattr(zoo, "photo_kinds", lambda: [f"kind {i:02}" for i in range(24)])
+    known = []
+    for network in zoo.NETWORKS:
+        if network.dataset == "photos":
+            kinds, others = zoo.known_photos(network)
+            assert len(kinds) == int(network.known)
+            assert sorted(kinds + others) == zoo.photo_kinds()
+            known.append((network.name, *sorted(kinds)))
+        else:
+            known.append((network.name, network.known))
+    assert len(set(known)) == len(known)
 
 
 def test_shipped_activations_belong_to_the_refitted_checkpoint(digits_net, tmp_path):

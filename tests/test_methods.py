@@ -153,7 +153,7 @@ def test_the_rules_threshold_is_0_where_unknown_is_as_likely_as_not(rule):
 def test_the_rule_stays_finite_whatever_the_scale(rule, scale):
     images = make_set(2)
     far = images._replace(
-        logits=images.logits * np.float32(scale), latents_avg=images.latents_avg * np.float32(scale)
+        logits=images.logits * np.float32(scale), latents_max=images.latents_max * np.float32(scale)
     )
     unknownness, probabilities = rule.score(far)
     assert np.isfinite(unknownness).all()
@@ -199,8 +199,8 @@ def parts():
 def test_a_stored_rule_answers_as_the_fitted_one_to_the_bit(parts):
     network, pixels, rule = parts
     stored = stored_rule(network, {"open_set_rule": rule.state_dict()})
-    logits, _, latents_avg = network.logits_and_latents(pixels)
-    assert all(map(torch.equal, stored(logits, latents_avg), rule(logits, latents_avg)))
+    logits, latents_max, _ = network.logits_and_latents(pixels)
+    assert all(map(torch.equal, stored(logits, latents_max), rule(logits, latents_max)))
 
 
 def test_the_shipped_rule_loads():

@@ -131,7 +131,7 @@ def test_tiny_imagenet_crops_are_patches_from_a_fixed_seed(tmp_path):
 
 def test_crop_offsets_cover_both_axes_evenly():
     images = np.broadcast_to(np.stack(np.indices((40, 44)), axis=-1), (9000, 40, 44, 2))
-    crops = open_set_data._random_crops(images, 32, np.random.default_rng(0))
+    crops = open_set_data.random_crops(images, 32, np.random.default_rng(0))
     for axis, offsets in enumerate((9, 13)):
         drawn = np.bincount(crops[:, 0, 0, axis], minlength=offsets)
         assert drawn == pytest.approx([9000 / offsets] * offsets, rel=0.15)

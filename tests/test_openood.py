@@ -28,15 +28,13 @@ def small_sets(tmp_path, monkeypatch):
     """CIFAR-10 and CIFAR-100 with each image's position in its pixels, a few TinyImageNet files."""
     numbered = np.arange(10_000, dtype=np.uint16).view(np.uint8).reshape(-1, 1, 1, 2)
     known = ImageSet(numbered, np.zeros(10_000, np.int64))
-    data = load_known("digits", tmp_path)._replace(test_known=known)
-    monkeypatch.setattr(openood, "load_known", lambda name, data_dir: data)
     cifar100 = ImageSet(numbered, np.arange(10_000) % 100)
     monkeypatch.setattr(openood, "load_cifar100_test", lambda data_dir: cifar100)
     folder = tmp_path / "tiny-imagenet-200" / "val" / "images"
     folder.mkdir(parents=True)
     for number in (0, 1, LISTS["tin_left_out"][0]):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"val_{number}.JPEG", "PNG")
-    return tmp_path
+    return known, tmp_path
 
 
 def positions(images):
@@ -44,8 +42,9 @@ def positions(images):
 
 
 def test_sets_are_those_of_the_lists(small_sets):
-    (small_sets / "cifar-100-python").mkdir()
-    sets = openood.benchmark_sets(small_sets)
+    known, folder = small_sets
+    (folder / "cifar-100-python").mkdir()
+    sets = openood.benchmark_sets(known, folder)
     assert list(sets) == ["known", "cifar100", "tiny-imagenet"]
     assert not {*positions(sets["known"])} & {*LISTS["known_left_out"]}
     first, used = next(iter(sorted(LISTS["cifar100_used"].items())))
@@ -55,7 +54,7 @@ def test_sets_are_those_of_the_lists(small_sets):
 
 
 def test_a_folder_of_cifar100_is_taken_whole_and_it_says_so(small_sets, capsys):
-    assert len(openood.benchmark_sets(small_sets)["cifar100"].labels) == 10_000
+    assert len(openood.benchmark_sets(*small_sets)["cifar100"].labels) == 10_000
     assert "all 10,000 test images, where the benchmark takes 9,000" in capsys.readouterr().out
 
 

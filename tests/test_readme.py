@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 RECORDED = json.loads((RESULTS / "evaluate.json").read_text())
+ZOO = json.loads((RESULTS / "zoo.json").read_text())
 SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 COLUMNS = ("auroc", "fpr_at_95_tpr", "macro_f1", "macro_f1_at_half")
 METHODS = tuple(build_methods(OpenMaxSettings()))
@@ -96,9 +97,6 @@ def test_table_of_splits_holds_the_recorded_figures(method):
     assert row_of(method, text) == [f"{mean:.1f} ± {std:.1f}" for mean, std in expected]
 
 
-ZOO = json.loads((RESULTS / "zoo.json").read_text())
-
-
 def test_table_of_the_zoo_holds_the_recorded_figures():
     text = BENCHMARKS.split("## The zoo")[1].split("## ")[0]
     rows = [
@@ -122,6 +120,9 @@ def test_table_of_the_zoo_holds_the_recorded_figures():
         expected[row] = [f"{100 * np.mean(column):.1f}" for column in columns]
     expected["**regret**"] = [f"{100 * ZOO['regret'][name]:.1f}" for name in METHODS]
     assert shown == expected
+    parts = [100 * ZOO["variants"][f"{part} alone"]["auroc"] for part in ("evidence", "membership")]
+    claim = "evidence alone has a mean AUROC of {:.1f}, its membership alone {:.1f}".format(*parts)
+    assert claim in " ".join(text.split())
 
 
 @pytest.mark.parametrize("method", ["openmax", "crosr"])
@@ -133,6 +134,17 @@ def test_forms_of_the_published_methods_compare_as_the_text_says(method):
     assert released["macro_f1"] > printed["macro_f1"]
     assert printed["auroc"] > released["auroc"]
     assert printed["oscr"] > released["oscr"]
+
+
+def test_near_ood_figures_are_the_recorded_ones():
+    text = BENCHMARKS.split("## OpenOOD")[1].split("## ")[0]
+    methods = json.loads((RESULTS / "openood.json").read_text())["methods"]
+    near = {name: f"{of['near_auroc']:.1f}" for name, of in methods.items()}
+    for name in ("dhr_openmax", "crosr", "openmax"):
+        assert f"`{name}` {near[name]}" in text
+    peers = {name: of["near_auroc"] for name, of in methods.items() if name.startswith("pytorch")}
+    assert max(peers, key=peers.get) == "pytorch-ood GEN"
+    assert f"(GEN) {near['pytorch-ood GEN']}" in text
 
 
 def epochs_of(record):

@@ -1,6 +1,7 @@
 """The parts of training: augmented batches, the one-vs-rest loss, optimisers and their rate."""
 
 import copy
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -14,7 +15,9 @@ from distributed import rank, world_size
 from models import DHRNet
 
 SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
+ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
 GREY = 120  # of what cutout cuts out, about the mean of photographs
+SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
 WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
@@ -22,34 +25,70 @@ ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
 
 
 def augment(
-    images: Tensor, index: Tensor, mirrored: Tensor, cutout: int, generator: torch.Generator
+    images: Tensor,
+    index: Tensor,
+    mirrored: Tensor,
+    augmentation: str,
+    cutout: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Take a batch of images, randomly translated, with the border reflected, and mirrored, and cut
-    a square out of each (DeVries and Taylor 2017, arXiv 1708.04552).
+    """Take a batch of images, move and mirror them, and cut a square out of each (DeVries and
+    Taylor 2017, arXiv 1708.04552).
 
     Args:
         images: [N, H, W, C] uint8.
         index: [B] int64, which images.
         mirrored: [B] bool, which of them to mirror left to right.
+        augmentation: "shift" or "rotate", see `shift` and `rotate`.
         cutout: side of the square in pixels, at most H; 0 for none.
-        generator: source of the translations and squares, on the images' device.
+        generator: source of all that is random, on the images' device.
 
     Returns:
         [B, C, H, W] uint8 in channels-last memory order.
     """
-    size = images.shape[1]
-    farthest = size // SHIFT_SHARE
-    shape, device = (2, len(index), 1), index.device
-    shift = torch.randint(-farthest, farthest + 1, shape, generator=generator, device=device)
-    pixels = torch.arange(size, device=device)
-    rows, columns = size - 1 - (size - 1 - (pixels + shift).abs()).abs()
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    move = {"shift": shift, "rotate": rotate}[augmentation]
+    batch = move(images, index, mirrored, generator)
     if cutout:
+        size, device = images.shape[1], index.device
+        shape, pixels = (2, len(index), 1), torch.arange(size, device=device)
         corner = torch.randint(size - cutout + 1, shape, generator=generator, device=device)
         cut_rows, cut_columns = (pixels >= corner) & (pixels < corner + cutout)
         batch[cut_rows[:, :, None] & cut_columns[:, None, :]] = GREY
     return batch.permute(0, 3, 1, 2)
+
+
+def shift(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, H, W, C] images moved by up to an eighth of their side, with the border reflected."""
+    size = images.shape[1]
+    farthest = size // SHIFT_SHARE
+    shape, device = (2, len(index), 1), index.device
+    offset = torch.randint(-farthest, farthest + 1, shape, generator=generator, device=device)
+    pixels = torch.arange(size, device=device)
+    rows, columns = size - 1 - (size - 1 - (pixels + offset).abs()).abs()
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def rotate(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, H, W, C] images as published: rotated by up to 15 degrees, placed on a grey canvas of up
+    to 1.2 times their side, and cut out of it.
+
+    The window lies where the published 28x28 crop of 32x32 images would, but is as large as the
+    images, so that the network trains on the size it is used on.
+    """
+    count, device = len(index), index.device
+    angle, canvas = torch.rand((2, count), generator=generator, device=device)
+    angle, canvas = (2 * angle - 1) * math.radians(ROTATION), 1 + EXPANSION * canvas
+    place, crop = torch.rand((2, 2, count), generator=generator, device=device) - 0.5
+    offset = crop * (canvas - CROP_SHARE) - place * (canvas - 1)  # in shares of the side
+    cos, sin, sign = angle.cos(), angle.sin(), 1 - 2 * mirrored.float()
+    turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    column = turn @ (2 * offset.T[:, :, None])
+    turn = turn * torch.stack([sign, torch.ones_like(sign)], dim=1)[:, None, :]
+    batch = images[index].permute(0, 3, 1, 2).float() - GREY
+    grid = F.affine_grid(torch.cat([turn, column], dim=2), list(batch.shape), align_corners=False)
+    moved = F.grid_sample(batch, grid, align_corners=False) + GREY
+    return moved.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def batches(
@@ -57,6 +96,7 @@ def batches(
     labels: Tensor,
     batch_size: int,
     mirrored: bool,
+    augmentation: str,
     cutout: int,
     seed: int,
     epoch: int,
@@ -71,7 +111,7 @@ def batches(
         labels: [N] int64.
         batch_size: of all processes together; what does not fill a batch is left out.
         mirrored: False mirrors no image.
-        cutout: as for `augment`.
+        augmentation, cutout: as for `augment`.
         seed: of the run.
         epoch: from 0.
     """
@@ -83,7 +123,7 @@ def batches(
     mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
     mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
     for index in order[: count // batch_size * batch_size].split(batch_size):
-        batch = augment(images, index, mirror[index], cutout, generator)
+        batch = augment(images, index, mirror[index], augmentation, cutout, generator)
         yield batch[mine], labels[index][mine]
 
 
@@ -134,21 +174,39 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def build_optimizers(network: DHRNet, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the encoder's convolutions, AdamW for the biases, the classifier and the decoder."""
+def build_optimizers(network: DHRNet, name: str, lr: float) -> list[torch.optim.Optimizer]:
+    """Momentum SGD, as published; or Muon for the encoder's convolutions, and AdamW for the biases,
+    the classifier and the decoder.
+
+    Args:
+        network: its trained parameters are handed to the optimisers.
+        name: "sgd" or "muon".
+        lr: peak rate of SGD or Muon.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
-    filters = [p for p in network.encoder.parameters() if p.requires_grad and p.ndim == 4]
-    in_filters = {id(p) for p in filters}
-    others = [p for p in trained if id(p) not in in_filters]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * lr},
-        {"params": [p for p in others if p.ndim == 1], "lr": ADAM_BIAS_RATE * lr},
-    ]
-    adam = torch.optim.AdamW(groups, betas=ADAM_BETAS, weight_decay=ADAM_WEIGHT_DECAY, fused=True)
-    optimizers = [Muon(filters, lr, MUON_MOMENTUM), adam]
+    optimizers: list[torch.optim.Optimizer]
+    if name == "sgd":
+        optimizers = [torch.optim.SGD(trained, lr, SGD_MOMENTUM, weight_decay=SGD_WEIGHT_DECAY)]
+    else:
+        filters = [p for p in network.encoder.parameters() if p.requires_grad and p.ndim == 4]
+        in_filters = {id(p) for p in filters}
+        others = [p for p in trained if id(p) not in in_filters]
+        groups = [
+            {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * lr},
+            {"params": [p for p in others if p.ndim == 1], "lr": ADAM_BIAS_RATE * lr},
+        ]
+        adam = torch.optim.AdamW(
+            groups, betas=ADAM_BETAS, weight_decay=ADAM_WEIGHT_DECAY, fused=True
+        )
+        optimizers = [Muon(filters, lr, MUON_MOMENTUM), adam]
     for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def halving(step: int, total_steps: int) -> float:
+    """Share of the peak rate at a step: halved at equal distances, as published."""
+    return 0.5 ** (step * (HALVINGS + 1) // total_steps)
 
 
 def one_cycle(step: int, total_steps: int) -> float:

@@ -102,15 +102,6 @@ def keep_freed_memory() -> None:
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: never hand the top of the heap back
 
 
-def explain(error: Exception) -> str:
-    """What a person can do about an error, in one line; raises it again where that is nothing."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "out of memory; try a smaller --batch-size"
-    if isinstance(error, RuntimeError):  # a defect
-        raise error
-    return str(error)
-
-
 @torch.no_grad()
 def extract(
     network: DHRNet, images: ImageSet, batch_size: int, title: str | None = None

@@ -30,21 +30,15 @@ from activations import (
     Activations,
     cache_key,
     cached,
-    explain,
     extract,
     keep_freed_memory,
     load_network,
     load_shipped,
     reconstruct,
 )
-from distributed import first_process_first, joined_processes, rank, shared_out
-from methods import (
-    DHROpenMax,
-    OpenMaxSettings,
-    acceptance_interval,
-    build_methods,
-    stored_rule,
-)
+from command_line import make_parser, run
+from distributed import first_process_first, rank, shared_out
+from methods import DHROpenMax, OpenMaxSettings, acceptance_interval, build_methods, stored_rule
 from metrics import ACCEPTED_SHARE, Scores, open_set_metrics
 from models import DHRNet, check_writable, replace_file, software_versions
 from open_set_data import (
@@ -74,16 +68,10 @@ TABLE_COLUMNS = {
     "macro_f1": "macro-F1",
     "macro_f1_at_half": "F1@0.5",
 }
-OUTPUT_ROOM = 2**24  # bytes, more than a results file or a report takes
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [option ...]",
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__, "%(prog)s [option ...]")
     # fmt: off
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("dhr_net.pt"), metavar="PATH",
@@ -423,23 +411,17 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a name
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with joined_processes():
-            if args.report and not rank():
-                args.report.mkdir(parents=True, exist_ok=True)
-            for path in (args.json, args.csv, args.report and args.report / "report.html"):
-                if path and not rank():
-                    check_writable(path, OUTPUT_ROOM)
-            (classify_images if args.images else evaluate)(args)
-    except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"compute_openmax.py: error: {explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; finished image sets are in {args.data_dir / 'cache'}", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> None:
+        if args.report and not rank():
+            args.report.mkdir(parents=True, exist_ok=True)
+        for path in (args.json, args.csv, args.report and args.report / "report.html"):
+            if path and not rank():
+                check_writable(path)
+        (classify_images if args.images else evaluate)(args)
+
+    kept = f"finished image sets are in {args.data_dir / 'cache'}"
+    return run("compute_openmax.py", work, lambda: kept)
 
 
 if __name__ == "__main__":

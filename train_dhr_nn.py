@@ -11,7 +11,6 @@ the open-set rule fitted to the network, and its course is drawn in OUT.png.
 """
 
 import argparse
-import io
 import math
 import shlex
 import subprocess
@@ -27,22 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from activations import (
-    autocast,
-    explain,
-    extract,
-    keep_freed_memory,
-    number_format,
-    prepare_device,
-)
-from distributed import (
-    average,
-    first_process_first,
-    joined_processes,
-    rank,
-    replicated,
-    world_size,
-)
+from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
+from command_line import make_parser, run
+from distributed import average, first_process_first, rank, replicated, world_size
 from methods import DHROpenMax
 from models import (
     NETWORK_KEYS,
@@ -56,20 +42,12 @@ from models import (
 from open_set_data import (
     KNOWN_SETS,
     ImageSet,
-    ImagesUnavailable,
     KnownData,
     check_same_images,
     fingerprint,
     load_known,
 )
-from training import (
-    batches,
-    build_optimizers,
-    gflop_per_image,
-    halving,
-    one_cycle,
-    one_vs_rest,
-)
+from training import batches, build_optimizers, gflop_per_image, halving, one_cycle, one_vs_rest
 
 
 class Recipe(NamedTuple):
@@ -101,12 +79,7 @@ STORED_ARGS = (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [option ...]",
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__, "%(prog)s [option ...]")
     # fmt: off
     add = parser.add_argument
     add("--dataset", default="cifar10", metavar="NAME",
@@ -203,8 +176,9 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
     if args.epochs is None:
         steps = count // args.batch_size
         args.epochs = max(recipe.epochs, math.ceil(MIN_STEPS / steps))
-    for name in ("lr", "loss", "cutout", "optimizer", "augmentation"):
-        if getattr(args, name, None) is None:
+    args.optimizer, args.augmentation = recipe.optimizer, recipe.augmentation
+    for name in ("lr", "loss", "cutout"):
+        if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
     if args.cutout > image_size:
         raise ValueError(f"--cutout is {args.cutout}; expected at most {image_size} pixels")
@@ -368,9 +342,9 @@ def print_epoch(row: dict[str, float], images_per_second: float) -> None:
     )
 
 
-def run(args: argparse.Namespace, partial: Path) -> None:
+def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
     for path in (args.out, partial) if not rank() else ():
-        check_writable(path, 0)
+        check_writable(path)
     saved: dict[str, Any] = {"epoch": 0, "course": []}
     if args.resume:
         network, saved = load_unfinished(partial, args)
@@ -397,8 +371,6 @@ def run(args: argparse.Namespace, partial: Path) -> None:
         for optimizer, state in zip(optimizers, saved.pop("optimizer_states"), strict=True):
             optimizer.load_state_dict(state)
     parameters, steps = sum(p.numel() for p in network.parameters()), count // args.batch_size
-    if not rank():
-        check_writable(partial, 4 * 3 * parameters)  # float32: weights and two moments
     pflop = gflop_per_image(network) * steps * args.batch_size * args.epochs / 1e6
     print(
         f"{args.arch} network, {parameters:,} parameters; {args.epochs} epochs of {steps} steps of "
@@ -427,19 +399,12 @@ def run(args: argparse.Namespace, partial: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     partial = Path(f"{args.out}.partial")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a name
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with joined_processes():
-            run(args, partial)
-    except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"train_dhr_nn.py: error: {explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+
+    def kept() -> str:
         kept = "add --resume to go on" if partial.exists() else "no epoch was complete"
-        print(f"\nstopped; {kept} ({partial})", file=sys.stderr)
-        return 130
-    return 0
+        return f"{kept} ({partial})"
+
+    return run("train_dhr_nn.py", lambda: prepare_and_train(args, partial), kept)
 
 
 if __name__ == "__main__":

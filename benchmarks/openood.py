@@ -12,7 +12,6 @@ detectors are fitted to the same images and stand beside ours.
 Source: OpenOOD v1.5 (Zhang et al. 2023, arXiv 2306.09301) and its leaderboard of July 2025.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from activations import Activations, extract, load_network
+from command_line import make_parser
 from methods import OpenMaxSettings, build_methods
 from metrics import auroc, fpr_at_95_tpr
 from models import DHRNet
@@ -177,11 +177,7 @@ def run(path: Path, data_dir: Path, device: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("network", nargs="?", type=Path, default=ROOT / "dhr_net.pt", metavar="NETWORK")
     add("--data-dir", type=Path, default=ROOT / "data", help="images (default data)")

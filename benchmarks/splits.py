@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from activations import extract, load_network
+from command_line import make_parser
 from methods import OpenMaxSettings, build_methods
 from metrics import open_set_metrics
 from open_set_data import (
@@ -200,11 +201,7 @@ def print_protocol(protocol: str, summary: dict[str, dict[str, list[float]]], co
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("protocols", nargs="*", metavar="PROTOCOL", help=f"of {', '.join(KNOWN)}")
     add("--splits", type=int, default=5, choices=range(1, 6), help="the first N (default 5)")

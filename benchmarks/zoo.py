@@ -14,7 +14,6 @@ Regret: how far a method's AUROC lies behind the best of the other methods, at w
 Training all networks takes hours on two cores with bfloat16 units.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -31,11 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from activations import Activations, extract, load_network, load_shipped, write_shipped
+from command_line import make_parser
 from methods import DHROpenMax, OpenMaxSettings, build_methods
 from metrics import Scores, open_set_metrics
-from models import replace_file
+from models import DHRNet, replace_file
 from open_set_data import (
     KNOWN_SPLITS,
+    ImageSet,
     as_unknown,
     fit_to,
     load_known,
@@ -162,6 +163,11 @@ def make(network: Network, out: Path) -> None:
         unknown |= photos_beside(known)
     sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
     sets |= {name: as_unknown(images) for name, images in unknown.items()}
+    store(net, sets, path)
+
+
+def store(net: DHRNet, sets: dict[str, ImageSet], path: Path) -> None:
+    """Write what a network says of image sets."""
     arrays = {
         f"{name}/{field}": array
         for name, images in sets.items()
@@ -315,11 +321,7 @@ def variants(_: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--make", action="store_true", help="train and extract what is missing first")
     add("--zoo", type=Path, default=DATA / "zoo", metavar="DIR",

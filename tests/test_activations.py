@@ -14,7 +14,6 @@ from activations import (
     autocast,
     cache_key,
     cached,
-    explain,
     extract,
     load_shipped,
     number_format,
@@ -102,23 +101,6 @@ def test_bfloat16_is_used_where_the_processor_has_units_for_it(monkeypatch, has_
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if has_units else torch.float32)
     assert number_format(CPU) == str(product.dtype).removeprefix("torch.")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 GB"),
-    ],
-)
-def test_out_of_memory_is_explained(error):
-    assert explain(error) == "out of memory; try a smaller --batch-size"
-
-
-def test_a_defect_is_raised_again():
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 # The cache

@@ -30,8 +30,7 @@ def expected_failures(estimator):
 
 
 @parametrize_with_checks(
-    [FEATURES, OpenMax(5, 1, "mahalanobis", num_logits=0)],
-    expected_failed_checks=expected_failures,
+    [FEATURES, OpenMax(5, 1, "mahalanobis", num_logits=0)], expected_failed_checks=expected_failures
 )
 def test_follows_scikit_learn(estimator, check):
     check(estimator)

@@ -287,15 +287,13 @@ def test_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, place):
     Path("file").touch()
     Path("folder").mkdir()
     with pytest.raises(ValueError, match=r"cannot write there \(") as caught:
-        check_writable(Path(place), 0)
+        check_writable(Path(place))
     assert str(caught.value).startswith(place)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_disk_with_less_room_than_needed_is_named(tmp_path):
-    check_writable(tmp_path / "net.pt", 1000)
-    with pytest.raises(ValueError, match=r"net\.pt: the disk has [\d,]+ MB left; expected"):
-        check_writable(tmp_path / "net.pt", 10**18)
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "net.pt")
     assert not os.listdir(tmp_path)
 
 

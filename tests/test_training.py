@@ -1,5 +1,6 @@
 """The parts of training, each against its definition."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import train_dhr_nn
+import training
 from models import DHRNet
 from open_set_data import ImageSet, KnownData
-from train_dhr_nn import RECIPES, broken_step, build_network, parse_args
+from train_dhr_nn import RECIPES, broken_step, build_network, complete_settings, parse_args
 from training import (
     GREY,
     augment,
     batches,
     build_optimizers,
     gflop_per_image,
+    halving,
     one_cycle,
     one_vs_rest,
     orthogonalize,
@@ -47,7 +50,7 @@ def test_augment_shifts_by_an_eighth_with_reflection_and_mirrors_what_it_is_told
     images = make_images(2)
     index, mirrored = torch.arange(200) % 2, torch.arange(200) % 3 == 0
     generator = torch.Generator().manual_seed(0)
-    batch = augment(torch.from_numpy(images), index, mirrored, 0, generator).numpy()
+    batch = augment(torch.from_numpy(images), index, mirrored, "shift", 0, generator).numpy()
     seen = set()
     for i in range(200):
         upright = batch[i][:, :, ::-1] if mirrored[i] else batch[i]
@@ -59,7 +62,8 @@ def test_augment_shifts_by_an_eighth_with_reflection_and_mirrors_what_it_is_told
 def test_cutout_makes_one_grey_square_in_each_image_anywhere():
     images = torch.full((1, 16, 16, 3), 255, dtype=torch.uint8)
     index, mirrored = torch.zeros(500, dtype=torch.long), torch.zeros(500, dtype=torch.bool)
-    cut = augment(images, index, mirrored, 6, torch.Generator().manual_seed(0)) == GREY
+    generator = torch.Generator().manual_seed(0)
+    cut = augment(images, index, mirrored, "shift", 6, generator) == GREY
     assert torch.equal(cut, cut[:, :1].expand_as(cut))
     rows, columns = cut[:, 0].any(dim=2), cut[:, 0].any(dim=1)
     assert torch.equal(cut[:, 0], rows[:, :, None] & columns[:, None, :])
@@ -72,12 +76,40 @@ def test_cutout_makes_one_grey_square_in_each_image_anywhere():
     assert len(corners) > 90  # of 121
 
 
+def test_rotate_turns_by_up_to_15_degrees_and_moves_within_the_grey_canvas():
+    """A ramp from left to right keeps its slope's length; its direction tells the angle."""
+    ramp = (40 + 2 * torch.arange(64)).to(torch.uint8)[None, None, :, None].expand(1, 64, 64, 3)
+    index, mirrored = torch.zeros(300, dtype=torch.long), torch.arange(300) % 2 == 0
+    generator = torch.Generator().manual_seed(0)
+    batch = augment(ramp, index, mirrored, "rotate", 0, generator)[:, 0].double()
+    assert (batch == GREY).any()
+    middle = batch[:, 24:40, 24:40]  # no border comes as far
+    across = (middle[:, :, 15] - middle[:, :, 0]).mean(dim=1) / 15
+    down = (middle[:, 15] - middle[:, 0]).mean(dim=1) / 15
+    assert torch.equal(across < 0, mirrored)
+    assert torch.allclose(across.hypot(down), torch.full((300,), 2.0).double(), atol=0.05)
+    angle = torch.atan2(down, across.abs()).rad2deg()
+    assert 14 < angle.abs().max() < 15.5
+    shift = (middle.mean(dim=(1, 2)) - 103) / 2 / 64  # in shares of the side
+    assert 0.15 < shift.abs().max() < 0.27
+
+
+def test_rotate_by_nothing_only_mirrors(monkeypatch):
+    for part, value in {"ROTATION": 0, "EXPANSION": 0, "CROP_SHARE": 1}.items():
+        monkeypatch.setattr(training, part, value)
+    images, index = torch.from_numpy(make_images(6)), torch.arange(6)
+    mirrored, generator = index % 2 == 0, torch.Generator().manual_seed(0)
+    expected = images.where(~mirrored[:, None, None, None], images.flip(2)).permute(0, 3, 1, 2)
+    batch = augment(images, index, mirrored, "rotate", 0, generator)
+    assert torch.equal(batch, expected)
+
+
 @pytest.fixture
 def unmoved(monkeypatch):
     """Images come out of `augment` as they are, and whether they were to be mirrored is kept."""
     seen = []
 
-    def keep(images, index, mirrored, cutout, generator):
+    def keep(images, index, mirrored, augmentation, cutout, generator):
         seen.append(mirrored)
         return images[index].permute(0, 3, 1, 2)
 
@@ -90,7 +122,7 @@ def test_an_epoch_shows_every_image_with_its_label_once_in_an_order_of_its_own(u
     labels = torch.arange(100) % 7
     orders = []
     for epoch in (0, 1, 1):
-        drawn = list(batches(images, labels, 20, False, 0, seed=3, epoch=epoch))
+        drawn = list(batches(images, labels, 20, False, "shift", 0, 3, epoch))
         assert len(drawn) == 5
         shown = torch.cat([batch[:, 0, 0, 0] for batch, _ in drawn])
         assert sorted(shown.tolist()) == [*range(100)]
@@ -105,13 +137,13 @@ def test_every_image_is_mirrored_every_other_epoch_and_digits_never(unmoved):
     mirrored = []
     for epoch in (0, 1):
         unmoved.clear()
-        drawn = list(batches(images, torch.arange(100), 20, True, 0, seed=0, epoch=epoch))
+        drawn = list(batches(images, torch.arange(100), 20, True, "shift", 0, 0, epoch))
         order = torch.cat([label for _, label in drawn])
         mirrored.append(torch.cat(unmoved)[order.argsort()])
     assert torch.equal(mirrored[0], ~mirrored[1])
     assert 30 < mirrored[0].sum() < 70
     unmoved.clear()
-    list(batches(images, torch.arange(100), 20, False, 0, seed=0, epoch=1))
+    list(batches(images, torch.arange(100), 20, False, "shift", 0, 0, 1))
     assert not torch.cat(unmoved).any()
 
 
@@ -152,23 +184,42 @@ def test_orthogonalize_moves_singular_values_to_about_1(shape):
 
 @pytest.mark.parametrize("arch", RECIPES)
 def test_every_trained_weight_has_one_optimiser_and_muon_the_encoders_filters(arch):
-    network = DHRNet(3, 1, 16, arch)
-    optimizers = build_optimizers(network, 0.1)
+    network, name = DHRNet(3, 1, 16, arch), RECIPES[arch].optimizer
+    optimizers = build_optimizers(network, name, 0.1)
     groups = [[id(p) for g in each.param_groups for p in g["params"]] for each in optimizers]
     trained = {id(p) for p in network.parameters() if p.requires_grad}
-    assert sorted(groups[0] + groups[1]) == sorted(trained)
-    assert set(groups[0]) == {id(p) for p in network.encoder.parameters() if p.ndim == 4}
+    assert sorted(chain(*groups)) == sorted(trained)
+    filters = {id(p) for p in network.encoder.parameters() if p.ndim == 4}
+    assert set(groups[0]) == (filters if name == "muon" else trained)
 
 
 def test_muon_keeps_filters_at_their_norm_and_moves_along_the_orthogonalised_gradient():
     weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
-    optimizer = train_dhr_nn.build_optimizers(DHRNet(2, 1, 16), 0.1)[0]
+    optimizer = build_optimizers(DHRNet(2, 1, 16), "muon", 0.1)[0]
     optimizer.param_groups[0]["params"] = [weight]
     weight.grad = torch.randn(8, 4, 3, 3)
     unit = weight.detach() * 8**0.5 / weight.detach().norm()
     step = orthogonalize((1.6 * weight.grad).flatten(1)).view_as(weight)  # Nesterov's first
     optimizer.step()
     assert torch.allclose(weight, unit - 0.1 * step, atol=1e-5)
+
+
+def test_sgd_has_the_published_momentum_and_weight_decay():
+    weight = torch.nn.Parameter(torch.randn(4))
+    (optimizer,) = build_optimizers(DHRNet(2, 1, 16), "sgd", 0.05)
+    optimizer.param_groups[0]["params"] = [weight]
+    expected, velocity = weight.detach().clone(), torch.zeros(4)
+    for _ in range(3):
+        weight.grad = torch.randn(4)
+        velocity = 0.9 * velocity + weight.grad + 5e-4 * expected
+        expected -= 0.05 * velocity
+        optimizer.step()
+    assert torch.allclose(weight, expected)
+
+
+def test_halving_halves_the_rate_eight_times():
+    shares = [halving(step, 900) for step in range(900)]
+    assert shares == [0.5 ** (step // 100) for step in range(900)]
 
 
 def test_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nearly_0():
@@ -199,12 +250,13 @@ def test_a_step_descends_cross_entropy_plus_weighted_squared_error(monkeypatch, 
     monkeypatch.setattr(train_dhr_nn, "autocast", lambda device: autocast)
     flags = ["--dry-run", "--batch-size", "16", "--loss", loss, "--reconstruction-weight", weight]
     args = parse_args([*map(str, flags), "--epochs", "1", "--cutout", "3"])
+    complete_settings(args, 20, 16)
     data, recorder = make_data(make_images(20), np.arange(20) % 2), Recorder()
     network = build_network(args, data)
     train_dhr_nn.train(args, network, [recorder], data, {"epoch": 0}, Path("unused"))
 
     images, labels = map(torch.from_numpy, data.train)
-    batch, target = next(batches(images, labels, 16, True, 3, args.seed, epoch=0))
+    batch, target = next(batches(images, labels, 16, True, "shift", 3, args.seed, 0))
     output = network.train()(batch)
     definition = {"softmax": F.cross_entropy, "one-vs-rest": one_vs_rest}[loss]
     mse = F.mse_loss(output.reconstruction, network.normalize(batch))

@@ -1,0 +1,432 @@
+"""Compare changes to the training recipe of `deep`, one at a time, on classes left out.
+
+    python benchmarks/recipe.py                            # all changes, two seeds; hours
+    python benchmarks/recipe.py base fractals --seeds 0    # some of them
+
+Each network is a `fast` one under the recipe of `deep`: one-vs-rest, cutout, Muon. It knows six of
+CIFAR-10's classes, other ones for each seed, and trains on 1,500 images of each. Its test
+images are other training images of CIFAR-10. Unknown are those of the four classes left out, and
+photographs of other kinds, as patches or scaled down (see zoo.py). No image of a reported table
+takes part. Finished networks are kept, as activations, and not trained again.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from zoo import ANIMALS, DATA, VEHICLES_AND_HOOFED, compare, load, means, photos_beside, store
+
+import models
+from activations import autocast, keep_freed_memory, prepare_device
+from command_line import make_parser
+from models import DHRNet
+from open_set_data import ImageSet, as_unknown, load_known
+from training import batches, build_optimizers, gflop_per_image, one_cycle, rotate
+
+EPOCHS, BATCH_SIZE, RATE, CUTOUT = 20, 500, 0.2, 12
+TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
+
+
+class Base:
+    """The recipe of `deep`. A subclass changes one thing; its docstring says what."""
+
+    arch, rate, cost = "fast", RATE, 1.0  # cost: images seen per training image
+
+    def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.network = self.build(num_classes)
+
+    def build(self, num_classes: int) -> DHRNet:
+        return DHRNet(num_classes, arch=self.arch)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.network, "muon", self.rate)
+
+    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is shown of a batch: images [N, C, H, W] uint8, targets [N, K]."""
+        return images, targets
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        logits, reconstruction, _ = self.network(images)
+        mse = F.mse_loss(reconstruction, self.network.normalize(images))
+        return self.classify(logits, targets) + mse
+
+    def classify(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return sigmoids(logits, targets)
+
+    def after(self, step: int, steps: int) -> None:
+        """What follows a step."""
+
+
+def sigmoids(logits: Tensor, targets: Tensor) -> Tensor:
+    """`training.one_vs_rest` of targets [N, K]; a row of zeros is none of the classes."""
+    entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    return entropies.sum(dim=1).mean()
+
+
+class Softmax(Base):
+    """softmax loss"""
+
+    def classify(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets)
+
+
+class T2FNorm(Softmax):
+    """softmax on W f / (0.1 |f|) in training, on W f afterwards (T2FNorm)"""
+
+    def build(self, num_classes: int) -> DHRNet:
+        network = super().build(num_classes)
+        network.head.insert(len(network.head) - 1, NormalisedInTraining())
+        return network
+
+
+class NormalisedInTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * F.normalize(x, dim=1) if self.training else x
+
+
+class NoCutout(Base):
+    """no cutout"""
+
+
+class Wide(Base):
+    """a third stage of 512 channels"""
+
+    def build(self, num_classes: int) -> DHRNet:
+        models.ARCHITECTURES["wide"] = (64, 256, 512)
+        return DHRNet(num_classes, arch="wide")
+
+
+class Nesterov(Base):
+    """Nesterov SGD in place of Muon, biases of batch normalisation at 64 times its rate (airbench)
+
+    Rate 9 for 1,024 summed losses of logits divided by 9, momentum 0.85, decay 0.012.
+    """
+
+    sgd_rate = 1.0
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        muon, adam = super().optimizers()
+        filters = muon.param_groups[0]["params"]
+        norms = [m.bias for m in self.network.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        of_norms = {id(bias) for bias in norms}
+        for group in adam.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in of_norms]
+        decay = 0.012 * BATCH_SIZE / (1024 * (1 + 1 / 0.15))
+        groups = [
+            {"params": filters, "lr": self.sgd_rate, "weight_decay": decay / self.sgd_rate},
+            {"params": norms, "lr": 64 * self.sgd_rate,
+             "weight_decay": decay / (64 * self.sgd_rate)},
+        ]  # fmt: skip
+        sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
+        for group in sgd.param_groups:
+            group["peak_lr"] = group["lr"]
+        return [sgd, adam]
+
+
+class SlowNesterov(Nesterov):
+    """the same at a third of the rate"""
+
+    sgd_rate = 0.33
+
+
+class Lookahead(Base):
+    """Lookahead every fifth step (airbench)"""
+
+    def after(self, step: int, steps: int) -> None:
+        state = [v for v in self.network.state_dict().values() if v.is_floating_point()]
+        if not step:
+            self.slow = [value.clone() for value in state]
+        if step % 5 == 4 or step == steps - 1:
+            decay = 0.95**5 * (step / steps) ** 3 if step < steps - 1 else 1.0
+            for slow, value in zip(self.slow, state, strict=True):
+                slow.lerp_(value, 1 - decay)
+                value.copy_(slow)
+
+
+class Shuffled(Base):
+    """with a quarter as many images of exchanged quadrants as "none of these\""""
+
+    share = 4
+    cost = 1.25
+
+    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        some = images[:: self.share]
+        none = torch.zeros_like(targets[:: self.share])
+        changed = self.change(some).contiguous(memory_format=torch.channels_last)
+        return torch.cat([images, changed]), torch.cat([targets, none])
+
+    def change(self, images: Tensor) -> Tensor:
+        """Exchange the left and right halves, the upper and lower ones, or both."""
+        half = images.shape[-1] // 2
+        which = torch.randint(3, (), generator=self.generator, device=images.device)
+        shifts, axes = [((half,), (3,)), ((half,), (2,)), ((half, half), (2, 3))][int(which)]
+        return images.roll(shifts, axes)
+
+
+class Turned(Shuffled):
+    """with a quarter as many images turned by quarters as "none of these\""""
+
+    def change(self, images: Tensor) -> Tensor:
+        turns = torch.randint(1, 4, (), generator=self.generator, device=images.device)
+        return images.rot90(int(turns), (2, 3))
+
+
+class Turns(Base):
+    """a second head that tells by how many quarters an image is turned (RotPred), on a copy"""
+
+    cost = 2.0
+
+    def build(self, num_classes: int) -> DHRNet:
+        network = super().build(num_classes)
+        network.turns = nn.Linear(network.head[-1].in_features, 4)
+        return network
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        turns = torch.arange(len(images), device=images.device) % 4
+        turned = torch.cat([images[k::4].rot90(k, (2, 3)) for k in range(4)])
+        loss = super().loss(images, targets)
+        pooled: list[Tensor] = []
+        hook = self.network.head[-2].register_forward_hook(lambda *io: pooled.append(io[2]))
+        self.network(turned, decode=False)
+        hook.remove()
+        return loss + F.cross_entropy(self.network.turns(pooled[0]), turns.sort().values)
+
+
+class Fractals(Base):
+    """each image mixed up to four times with a fractal or a distorted copy of itself (PixMix)"""
+
+    rounds, count = 4, 2000
+    pictures: Tensor | None = None
+
+    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if Fractals.pictures is None:
+            drawn = fractals(self.count, images.shape[-1], np.random.default_rng(0))
+            Fractals.pictures = torch.from_numpy(drawn)
+        pictures = self.pictures.to(images.device)  # type: ignore[union-attr]
+        plain = images.float() / 255
+        mixed = torch.where(self.coin(images), self.distorted(images), plain)
+        rounds = self.draw(images, self.rounds + 1)
+        for done in range(self.rounds):
+            other = pictures[self.draw(images, len(pictures)).flatten()].permute(0, 3, 1, 2) / 255
+            other = torch.where(self.coin(images), self.distorted(images), other)
+            mixed = torch.where(rounds > done, self.mix(mixed, other), mixed)
+        images = (255 * mixed).round().to(torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last), targets
+
+    def uniform(self, images: Tensor) -> Tensor:
+        shape, device = (len(images), 1, 1, 1), images.device
+        return torch.rand(shape, generator=self.generator, device=device)
+
+    def coin(self, images: Tensor) -> Tensor:
+        return self.uniform(images) < 0.5
+
+    def draw(self, images: Tensor, count: int) -> Tensor:
+        return (self.uniform(images) * count).long()
+
+    def mix(self, first: Tensor, second: Tensor) -> Tensor:
+        """Add or multiply, with weights of Beta(3, 1) and Beta(1, 3) as in PixMix."""
+        near_one = self.uniform(first) ** (1 / 3)  # Beta(3, 1)
+        small = 1 - self.uniform(first) ** (1 / 3)  # Beta(1, 3)
+        other = 1 - self.uniform(first) ** (1 / 3)
+        against = self.coin(first)
+        a, b = torch.where(against, 1 + other, near_one), torch.where(against, -small, small)
+        added = (a * (2 * first - 1) + b * (2 * second - 1) + 1) / 2
+        base, factor = (2 * first).clamp_min(1e-6), (2 * second).clamp_min(1e-6)
+        multiplied = base**a * factor**b / 2
+        return torch.where(self.coin(first), added, multiplied).clamp(0, 1)
+
+    def distorted(self, images: Tensor) -> Tensor:
+        """Rotated and shifted, with fewer grey levels, solarised, or with stretched contrast."""
+        index = torch.arange(len(images), device=images.device)
+        unmirrored = torch.zeros_like(index, dtype=torch.bool)
+        turned = rotate(images.permute(0, 2, 3, 1), index, unmirrored, self.generator)
+        pixels = images.float() / 255
+        low, high = pixels.amin(dim=(2, 3), keepdim=True), pixels.amax(dim=(2, 3), keepdim=True)
+        choices = torch.stack([
+            turned.permute(0, 3, 1, 2).float() / 255,
+            (images // 32 * 32).float() / 255,
+            torch.where(pixels > 0.7, 1 - pixels, pixels),
+            (pixels - low) / (high - low).clamp_min(0.05),
+        ])  # fmt: skip
+        return choices[self.draw(images, 4).flatten(), index]
+
+
+def fractals(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, size, size, 3] uint8 pictures of iterated function systems: the places that points
+    reach under random contracting affine maps, each map of a colour of its own."""
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    for picture in tqdm(pictures, "fractals", leave=False):
+        maps = rng.integers(2, 5)
+        turns = rng.uniform(0, 2 * np.pi, (2, maps))
+        singular = np.sort(rng.uniform(0.2, 0.95, (maps, 2)))[:, ::-1] * rng.choice(
+            (-1, 1), (maps, 2)
+        )
+        left, right = (
+            np.stack([np.cos(t), -np.sin(t), np.sin(t), np.cos(t)], -1).reshape(-1, 2, 2)
+            for t in turns
+        )
+        affine, offset = left * singular[:, None] @ right, rng.uniform(-1, 1, (maps, 2))
+        colours, ground = rng.uniform(0, 1, (maps, 3)), rng.uniform(0, 1, 3)
+        points, shade = np.zeros((1000, 2)), np.zeros((1000, 3))
+        seen, weights = [], []
+        for turn in range(40):
+            chosen = rng.integers(0, maps, 1000)
+            points = np.einsum("nij,nj->ni", affine[chosen], points) + offset[chosen]
+            shade = (shade + colours[chosen]) / 2
+            if turn >= 10:
+                seen.append(points)
+                weights.append(shade)
+        place, shade_of = np.concatenate(seen), np.concatenate(weights)
+        low, high = np.percentile(place, (1, 99), axis=0)
+        cells = ((place - low) / np.maximum(high - low, 1e-6) * size).astype(int)
+        inside = ((cells >= 0) & (cells < size)).all(axis=1)
+        flat = cells[inside] @ (size, 1)
+        hits = np.bincount(flat, minlength=size * size)
+        colour = np.stack(
+            [np.bincount(flat, shade_of[inside, c], size * size) for c in range(3)], -1
+        )
+        colour /= np.maximum(hits, 1)[:, None]
+        density = (np.log1p(hits) / np.log1p(hits.max()))[:, None] ** 0.5
+        mixed = density * colour + (1 - density) * ground
+        picture[:] = (255 * mixed).reshape(size, size, 3)
+    return pictures
+
+
+class LightFractals(Fractals):
+    """the same, two times at most"""
+
+    rounds = 2
+
+
+VARIANTS = {
+    "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
+    "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
+    "turns": Turns, "fractals": Fractals, "light-fractals": LightFractals, "no-cutout": NoCutout,
+}  # fmt: skip
+
+
+def image_sets(seed: int) -> dict[str, ImageSet]:
+    """train, val and test_known of the known classes; unknown ones by their kind."""
+    known, others = (VEHICLES_AND_HOOFED, ANIMALS)[seed % 2], []
+    data = load_known("cifar10", DATA, known)
+    rank = np.zeros(len(data.train.labels), int)  # of an image within its class
+    for label in range(len(data.classes)):
+        members = np.flatnonzero(data.train.labels == label)
+        rank[members] = np.arange(len(members))
+    test = data.train.where((rank >= TRAIN_PER_CLASS) & (rank < TRAIN_PER_CLASS + TEST_PER_CLASS))
+    everything = load_known("cifar10", DATA)
+    others = [name for name in everything.classes if name not in data.classes]
+    left_out = load_known("cifar10", DATA, ",".join(others)).train
+    return {
+        "train": data.train.where(rank < TRAIN_PER_CLASS),
+        "val": data.val,
+        "test_known": test,
+        "classes": as_unknown(left_out.images[:3000]),
+        **{kind: as_unknown(images) for kind, images in photos_beside(known).items()},
+    }
+
+
+def train(
+    variant: type[Base], sets: dict[str, ImageSet], device: torch.device, seed: int
+) -> tuple[DHRNet, float]:
+    """The trained network, and the PFLOP it took."""
+    torch.manual_seed(seed)
+    images, labels = (torch.from_numpy(array).to(device) for array in sets["train"])
+    num_classes = int(labels.max()) + 1
+    recipe = variant(num_classes, device, seed)
+    network = recipe.network
+    network.fit_input_statistics(images[::5].permute(0, 3, 1, 2).cpu())
+    network.to(device).to(memory_format=torch.channels_last)
+    optimizers = recipe.optimizers()
+    per_epoch = len(images) // BATCH_SIZE
+    cutout = 0 if variant is NoCutout else CUTOUT
+    network.train()
+    bar = tqdm(total=EPOCHS * per_epoch, desc=variant.__name__, leave=False)
+    for epoch in range(EPOCHS):
+        drawn = batches(images, labels, BATCH_SIZE, True, "shift", cutout, seed, epoch)
+        for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
+            for group in (group for each in optimizers for group in each.param_groups):
+                group["lr"] = one_cycle(step, EPOCHS * per_epoch) * group["peak_lr"]
+            shown = recipe.views(batch, F.one_hot(label, num_classes).float())
+            with autocast(device):
+                loss = recipe.loss(*shown)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            recipe.after(step, EPOCHS * per_epoch)
+            bar.update()
+    bar.close()
+    if not loss.isfinite():
+        raise ValueError(f"{variant.__name__}: the loss is not finite")
+    pflop = gflop_per_image(network) * recipe.cost * EPOCHS * per_epoch * BATCH_SIZE / 1e6
+    return network.eval(), pflop
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("variants", nargs="*", choices=[*VARIANTS, []], default=list(VARIANTS))
+    add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(default 0 1)")
+    add("--device", default="auto", metavar="NAME", help="(default auto)")
+    add("--folder", type=Path, default=DATA / "recipe", metavar="DIR",
+        help="for the activations (default data/recipe)")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    device, costs = prepare_device(args.device), args.folder / "costs.json"
+    keep_freed_memory()
+    for seed in args.seeds:
+        sets = image_sets(seed)
+        for name in args.variants:
+            path = args.folder / f"{name} {seed}.npz"
+            if path.exists():
+                continue
+            start = time.perf_counter()
+            network, pflop = train(VARIANTS[name], sets, device, seed)
+            store(network, sets, path)
+            known = json.loads(costs.read_text()) if costs.exists() else {}
+            costs.write_text(json.dumps(known | {name: pflop}))
+            print(f"{name} {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    show(args.variants, args.seeds, args.folder)
+
+
+def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+    """One row per variant: cost, accuracy, AUROC of `dhr_openmax` by kind of unknown image, and
+    the mean AUROC of all methods."""
+    from methods import OpenMaxSettings, build_methods
+
+    costs = json.loads((folder / "costs.json").read_text())
+    print(
+        f"{'':15}{'PFLOP':>7}{'accuracy':>9}"
+        + "".join(f"{kind:>9}" for kind in ("classes", "crops", "resized"))
+        + "   mean AUROC of each method"
+    )
+    for name in variants:
+        networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
+        accuracy = np.mean([
+            np.mean(sets["test_known"].logits.argmax(1) == sets["test_known"].labels)
+            for sets in networks.values()
+        ])  # fmt: skip
+        figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
+        ours = [figures[f"{name}, {kind}"]["dhr_openmax"]["auroc"]
+                for kind in ("classes", "crops", "resized")]  # fmt: skip
+        every = means(figures)
+        print(f"{name:15}{costs[name]:7.3f}{100 * accuracy:9.2f}"
+              + "".join(f"{100 * area:9.2f}" for area in ours) + "   "
+              + "  ".join(f"{m} {100 * of['auroc']:.1f}" for m, of in every.items()))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

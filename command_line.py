@@ -1,0 +1,44 @@
+"""What the scripts share: how they read their flags, and how they end."""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable
+
+import torch
+
+from distributed import joined_processes
+from open_set_data import ImagesUnavailable
+
+
+def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows a script's docstring as it stands and takes whole flags only."""
+    look = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(None, usage, doc, formatter_class=look, allow_abbrev=False)
+
+
+def run(script: str, work: Callable[[], None], kept: Callable[[], str]) -> int:
+    """Do a script's work, in every process of torchrun, and return its exit status: 0; 1 with a
+    line on stderr for what a person can mend; 130 after Ctrl-C, with a line that says what is
+    `kept`. A defect is raised."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a name
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with joined_processes():
+            work()
+    except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"{script}: error: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; {kept()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """What a person can do about an error, in one line; raises it again where that is nothing."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "out of memory; try a smaller --batch-size"
+    if isinstance(error, RuntimeError):  # a defect
+        raise error
+    return str(error)

@@ -25,33 +25,45 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from zoo import ANIMALS, DATA, VEHICLES_AND_HOOFED, compare, load, means, photos_beside, store
+from zoo import (
+    ANIMALS,
+    DATA,
+    UNKNOWN_KINDS,
+    VEHICLES_AND_HOOFED,
+    compare,
+    load,
+    means,
+    photos_beside,
+    store,
+)
 
 import models
 from activations import autocast, keep_freed_memory, prepare_device
 from command_line import make_parser
+from methods import OpenMaxSettings, build_methods
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
 from training import batches, build_optimizers, gflop_per_image, one_cycle, rotate
 
-EPOCHS, BATCH_SIZE, RATE, CUTOUT = 20, 500, 0.2, 12
+EPOCHS, BATCH_SIZE, RATE = 20, 500, 0.2
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
 
 
 class Base:
-    """The recipe of `deep`. A subclass changes one thing; its docstring says what."""
+    """the recipe of `deep`; a subclass changes what its docstring says"""
 
-    arch, rate, cost = "fast", RATE, 1.0  # cost: images seen per training image
+    cutout = 12
+    cost = 1.0  # images seen per training image
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.network = self.build(num_classes)
 
     def build(self, num_classes: int) -> DHRNet:
-        return DHRNet(num_classes, arch=self.arch)
+        return DHRNet(num_classes)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return build_optimizers(self.network, "muon", self.rate)
+        return build_optimizers(self.network, "muon", RATE)
 
     def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is shown of a batch: images [N, C, H, W] uint8, targets [N, K]."""
@@ -99,6 +111,8 @@ class NormalisedInTraining(nn.Module):
 class NoCutout(Base):
     """no cutout"""
 
+    cutout = 0
+
 
 class Wide(Base):
     """a third stage of 512 channels"""
@@ -109,10 +123,7 @@ class Wide(Base):
 
 
 class Nesterov(Base):
-    """Nesterov SGD in place of Muon, biases of batch normalisation at 64 times its rate (airbench)
-
-    Rate 9 for 1,024 summed losses of logits divided by 9, momentum 0.85, decay 0.012.
-    """
+    """Nesterov SGD in place of Muon, batch-norm biases at 64 times its rate (airbench)"""
 
     sgd_rate = 1.0
 
@@ -319,16 +330,15 @@ VARIANTS = {
 
 def image_sets(seed: int) -> dict[str, ImageSet]:
     """train, val and test_known of the known classes; unknown ones by their kind."""
-    known, others = (VEHICLES_AND_HOOFED, ANIMALS)[seed % 2], []
+    known = (VEHICLES_AND_HOOFED, ANIMALS)[seed % 2]
     data = load_known("cifar10", DATA, known)
     rank = np.zeros(len(data.train.labels), int)  # of an image within its class
     for label in range(len(data.classes)):
         members = np.flatnonzero(data.train.labels == label)
         rank[members] = np.arange(len(members))
     test = data.train.where((rank >= TRAIN_PER_CLASS) & (rank < TRAIN_PER_CLASS + TEST_PER_CLASS))
-    everything = load_known("cifar10", DATA)
-    others = [name for name in everything.classes if name not in data.classes]
-    left_out = load_known("cifar10", DATA, ",".join(others)).train
+    others = set(load_known("cifar10", DATA).classes) - set(data.classes)
+    left_out = load_known("cifar10", DATA, ",".join(sorted(others))).train
     return {
         "train": data.train.where(rank < TRAIN_PER_CLASS),
         "val": data.val,
@@ -351,11 +361,10 @@ def train(
     network.to(device).to(memory_format=torch.channels_last)
     optimizers = recipe.optimizers()
     per_epoch = len(images) // BATCH_SIZE
-    cutout = 0 if variant is NoCutout else CUTOUT
     network.train()
     bar = tqdm(total=EPOCHS * per_epoch, desc=variant.__name__, leave=False)
     for epoch in range(EPOCHS):
-        drawn = batches(images, labels, BATCH_SIZE, True, "shift", cutout, seed, epoch)
+        drawn = batches(images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed, epoch)
         for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = one_cycle(step, EPOCHS * per_epoch) * group["peak_lr"]
@@ -403,29 +412,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
-    """One row per variant: cost, accuracy, AUROC of `dhr_openmax` by kind of unknown image, and
-    the mean AUROC of all methods."""
-    from methods import OpenMaxSettings, build_methods
-
+    """One row per change: its cost, and figures in %, means over the seeds."""
     costs = json.loads((folder / "costs.json").read_text())
-    print(
-        f"{'':15}{'PFLOP':>7}{'accuracy':>9}"
-        + "".join(f"{kind:>9}" for kind in ("classes", "crops", "resized"))
-        + "   mean AUROC of each method"
-    )
+    areas = [f"dhr_openmax, {kind}" for kind in UNKNOWN_KINDS] + ["its mean", "best other mean"]
+    print(f"{'':16}{'PFLOP':>7}{'accuracy':>10}" + "".join(f"{area:>22}" for area in areas))
     for name in variants:
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
-        accuracy = np.mean([
-            np.mean(sets["test_known"].logits.argmax(1) == sets["test_known"].labels)
-            for sets in networks.values()
-        ])  # fmt: skip
+        tests = [sets["test_known"] for sets in networks.values()]
+        accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
         figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
-        ours = [figures[f"{name}, {kind}"]["dhr_openmax"]["auroc"]
-                for kind in ("classes", "crops", "resized")]  # fmt: skip
-        every = means(figures)
-        print(f"{name:15}{costs[name]:7.3f}{100 * accuracy:9.2f}"
-              + "".join(f"{100 * area:9.2f}" for area in ours) + "   "
-              + "  ".join(f"{m} {100 * of['auroc']:.1f}" for m, of in every.items()))  # fmt: skip
+        row = [figures[f"{name}, {kind}"]["dhr_openmax"]["auroc"] for kind in UNKNOWN_KINDS]
+        others = {method: of["auroc"] for method, of in means(figures).items()}
+        row.append(others.pop("dhr_openmax"))
+        best = max(others, key=others.__getitem__)
+        print(
+            f"{name:16}{costs[name]:7.3f}{100 * accuracy:10.2f}"
+            + "".join(f"{100 * area:22.2f}" for area in row)
+            + f"{best:>15}{100 * others[best]:7.2f}  {VARIANTS[name].__doc__}"
+        )
 
 
 if __name__ == "__main__":

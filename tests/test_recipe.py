@@ -1,0 +1,91 @@
+"""benchmarks/recipe.py: each change of the recipe does what it says."""
+
+import numpy as np
+import pytest
+import torch
+from recipe import VARIANTS, Fractals, Lookahead, fractals, sigmoids, train
+
+from open_set_data import ImageSet
+from training import one_vs_rest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def few_fractals(monkeypatch):
+    monkeypatch.setattr(Fractals, "count", 4)
+    monkeypatch.setattr(Fractals, "pictures", None)
+
+
+def test_sigmoids_of_one_hot_targets_are_the_one_vs_rest_loss():
+    logits, labels = torch.randn(8, 5), torch.arange(8) % 5
+    targets = torch.eye(5)[labels]
+    assert torch.allclose(sigmoids(logits, targets), one_vs_rest(logits, labels))
+
+
+@pytest.mark.parametrize("name", ["shuffled", "turned"])
+def test_changed_copies_are_none_of_the_classes_and_keep_their_pixels(name, images):
+    recipe = VARIANTS[name](2, CPU, seed=0)
+    shown, targets = recipe.views(images, torch.eye(2)[torch.arange(8) % 2])
+    assert torch.equal(shown[:8], images)
+    assert targets[8:].tolist() == [[0, 0], [0, 0]]
+    for copy, original in zip(shown[8:], images[::4], strict=True):
+        assert not torch.equal(copy, original)
+        assert torch.equal(copy.flatten().sort().values, original.flatten().sort().values)
+
+
+def test_fractals_change_images_but_not_labels(images):
+    targets = torch.eye(2)[torch.arange(8) % 2]
+    shown, same = Fractals(2, CPU, seed=0).views(images, targets)
+    assert shown.shape == images.shape
+    assert shown.dtype == torch.uint8
+    assert not torch.equal(shown, images)
+    assert same is targets
+
+
+def test_fractals_are_pictures_of_several_colours_and_the_seed_decides():
+    drawn = fractals(5, 16, np.random.default_rng(0))
+    assert np.array_equal(drawn, fractals(5, 16, np.random.default_rng(0)))
+    assert min(picture.std() for picture in drawn) > 3
+    assert len({picture.tobytes() for picture in drawn}) == 5
+
+
+def test_features_are_normalised_in_training_alone(images):
+    recipe = VARIANTS["t2fnorm"](2, CPU, seed=0)
+    seen = []
+    recipe.network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    small = torch.rand(4, 3, 32, 32)
+    recipe.network.train()(small)
+    recipe.network.eval()(small)
+    assert torch.allclose(seen[0].norm(dim=1), torch.full((4,), 10.0))
+    assert not torch.allclose(seen[1].norm(dim=1), torch.full((4,), 10.0))
+
+
+def test_lookahead_draws_every_fifth_step_back_and_ends_at_its_slow_weights():
+    recipe = Lookahead(2, CPU, seed=0)
+    weight, seen = recipe.network.head[-1].weight, []
+    for step in range(7):
+        with torch.no_grad():
+            weight.fill_(step)
+        recipe.after(step, 7)
+        seen.append(weight[0, 0].item())
+    slow = 4 * (1 - 0.95**5 * (4 / 7) ** 3)  # it had been 0
+    assert seen == pytest.approx([0, 1, 2, 3, slow, 5, slow])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_change_trains_a_network(name, monkeypatch):
+    monkeypatch.setattr("recipe.EPOCHS", 1)
+    monkeypatch.setattr("recipe.BATCH_SIZE", 16)
+    rng = np.random.default_rng(0)
+    images = ImageSet(rng.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8), np.arange(32) % 2)
+    network, pflop = train(VARIANTS[name], {"train": images}, CPU, 0)
+    assert pflop > 0
+    assert all(weight.isfinite().all() for weight in network.state_dict().values())

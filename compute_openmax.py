@@ -318,12 +318,7 @@ def load_image_sets(
 ) -> dict[str, ImageSet]:
     """The named sets: `train`, `val`, `test_known` of the checkpoint's data, or unknown ones.
 
-    Args:
-        checkpoint: as `load_checkpoint` returns it.
-        names: of the sets.
-        data_dir: where images are found or downloaded to.
-        seed: of random crops and noise.
-        dataset: where the known images are now; as in training where None.
+    The known images are looked for in `dataset`, by default where they were in training.
     """
     train_args, config = checkpoint["train_args"], checkpoint["model_config"]
     size, channels = config["image_size"], config["in_channels"]
@@ -346,13 +341,7 @@ def load_image_sets(
 def measure(
     scores: dict[str, dict[str, Scores]], thresholds: dict[str, float], test: Activations
 ) -> dict[str, Any]:
-    """Closed-set accuracy, and all metrics of every method on every unknown set.
-
-    Args:
-        scores: of each method, those of `test_known` and of the unknown sets.
-        thresholds: of each method.
-        test: activations of `test_known`.
-    """
+    """Closed-set accuracy on `test_known`, and all metrics of every method on every unknown set."""
     accuracy = np.mean(test.logits.argmax(axis=1) == test.labels)
     methods = {
         name: {

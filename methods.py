@@ -9,7 +9,7 @@ training stores in the checkpoint.
 """
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from activations import Activations
 from metrics import ACCEPTED_SHARE, Scores, threshold_accepting
 from models import LATENT_CHANNELS, DHRNet
-from openmax import LARGEST_HAZARD, UNKNOWN, OpenMax, fit_tail, fit_weibulls
+from openmax import (
+    LARGEST_HAZARD,
+    UNKNOWN,
+    OpenMax,
+    correctly_classified,
+    fit_tail,
+    fit_weibulls,
+    whitening,
+)
 
 TAIL_SIZE = 20  # largest distances a Weibull is fitted to, as published; fewer of few images
 
@@ -34,24 +42,27 @@ class OpenMaxSettings(NamedTuple):
     alpha: int = 0
 
 
-class Method(Protocol):
-    """What the five methods have in common."""
+class Method:
+    """What the published methods share."""
 
     threshold_: float
 
-    def fit(self, train: Activations, val: Activations) -> "Method":
+    def fit(self, train: Activations, val: Activations) -> Self:
         """Learn from training images; choose the threshold from validation images."""
+        self.learn(train)
+        self.threshold_ = threshold_accepting(self.score(val).unknownness)
+        return self
+
+    def learn(self, train: Activations) -> None:
+        """Nothing, but for methods that learn from training images."""
 
     def score(self, images: Activations) -> Scores:
         """Unknownness and probabilities of N images."""
+        raise NotImplementedError
 
 
-class MSP:
+class MSP(Method):
     """1 - the largest softmax probability (Hendrycks and Gimpel 2017)."""
-
-    def fit(self, train: Activations, val: Activations) -> "MSP":
-        self.threshold_ = threshold_accepting(self.score(val).unknownness)
-        return self
 
     def score(self, images: Activations) -> Scores:
         known = softmax(images.logits.astype(np.float64), axis=1)
@@ -59,12 +70,8 @@ class MSP:
         return Scores(unknownness, np.column_stack([known, unknownness]))
 
 
-class MaxLogit:
+class MaxLogit(Method):
     """Minus the largest logit (Vaze et al. 2022); its probabilities are the logits' sigmoids."""
-
-    def fit(self, train: Activations, val: Activations) -> "MaxLogit":
-        self.threshold_ = threshold_accepting(self.score(val).unknownness)
-        return self
 
     def score(self, images: Activations) -> Scores:
         logits = images.logits.astype(np.float64)
@@ -72,7 +79,7 @@ class MaxLogit:
         return Scores(unknownness, np.column_stack([expit(logits), expit(unknownness)]))
 
 
-class OpenMaxMethod:
+class OpenMaxMethod(Method):
     """OpenMax as published: on the logits y (Bendale and Boult 2016) with `latents="none"`, on
     [y, z] (CROSR, Yoshihashi et al. 2019) with pooled latents.
 
@@ -83,12 +90,10 @@ class OpenMaxMethod:
     def __init__(self, settings: OpenMaxSettings) -> None:
         self.settings = settings
 
-    def fit(self, train: Activations, val: Activations) -> "OpenMaxMethod":
+    def learn(self, train: Activations) -> None:
         latents, distance, tail_size, alpha = self.settings
         openmax = OpenMax(tail_size, alpha, distance, num_logits=train.logits.shape[1])
         self.openmax_ = openmax.fit(train.vectors(latents), train.labels)
-        self.threshold_ = threshold_accepting(self.score(val).unknownness)
-        return self
 
     def score(self, images: Activations) -> Scores:
         probabilities = self.openmax_.predict_proba(images.vectors(self.settings.latents))
@@ -141,11 +146,14 @@ class DHROpenMax(nn.Module):
         """Fit means and whitening to training images, the rest to validation images.
 
         Raises:
-            ValueError: as `openmax.OpenMax.fit`.
+            ValueError: a class has fewer than 5 correctly classified training images, or their
+                covariance or the validation images' tail cannot be fitted.
         """
-        openmax = OpenMax(distance="mahalanobis", num_logits=train.logits.shape[1])
-        openmax.fit(train.vectors("max"), train.labels)
-        self._set(means=openmax.mean_activations_, whitening=openmax.whitening_)
+        vectors = train.vectors("max").astype(np.float64)
+        names = [f"class {label}" for label in range(train.logits.shape[1])]
+        groups = correctly_classified(vectors, train.logits, train.labels, names)
+        means = np.stack([group.mean(axis=0) for group in groups])
+        self._set(means=means, whitening=whitening(groups, means))
         evidence, distances = self.tests(*_tensors(val)).T.numpy()
         tail = fit_weibulls([distances], self.tail_size, ["validation"])
         self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
@@ -199,7 +207,7 @@ def acceptance_interval(count: int, share: float = ACCEPTED_SHARE) -> tuple[floa
     return float(low), float(high)
 
 
-def build_methods(settings: OpenMaxSettings) -> dict[str, Method]:
+def build_methods(settings: OpenMaxSettings) -> dict[str, Method | DHROpenMax]:
     """The five methods by the names they have in tables and results files, not yet fitted."""
     return {
         "msp": MSP(),

@@ -203,26 +203,33 @@ def test_a_stored_rule_answers_as_the_fitted_one_to_the_bit(parts):
     assert all(map(torch.equal, stored(logits, latents_max), rule(logits, latents_max)))
 
 
+def test_a_rule_fitted_again_forgets_its_first_images():
+    rule = DHROpenMax().fit(make_set(4), make_set(5)).fit(make_set(0), make_set(1))
+    assert torch.equal(rule.offset, fitted("dhr_openmax").offset)
+
+
 def test_the_shipped_rule_loads():
     rule = stored_rule(*load_checkpoint(ROOT / "dhr_net.pt"))
     assert rule.means.shape == (10, 10 + 96)
 
 
 DAMAGE = {
-    "no rule": lambda state: None,
-    "no offset": lambda state: {k: v for k, v in state.items() if k != "offset"},
-    "text": lambda state: state | {"means": "text"},
-    "NaN": lambda state: state | {"offset": torch.tensor(float("nan"))},
-    "another shape": lambda state: state | {"tails": torch.ones(3, 5)},
-    "four classes": lambda state: fitted("dhr_openmax").state_dict(),
+    "no rule": (lambda state: None, "'NoneType' object"),
+    "no offset": (lambda state: {k: v for k, v in state.items() if k != "offset"}, "'offset'"),
+    "text": (lambda state: state | {"means": "text"}, "'str' object"),
+    "NaN": (lambda state: state | {"offset": torch.tensor(float("nan"))}, "not have the network's"),
+    "another shape": (lambda state: state | {"tails": torch.ones(3, 5)}, "size of tensor"),
+    "four classes": (lambda state: fitted("dhr_openmax").state_dict(), "size of tensor"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_rule_is_refused_in_one_line(parts, kind):
     network, _, rule = parts
-    state = DAMAGE[kind](copy.deepcopy(rule.state_dict()))
-    with pytest.raises(ValueError, match="the open-set rule in it is damaged") as caught:
+    damage, reason = DAMAGE[kind]
+    state = damage(copy.deepcopy(rule.state_dict()))
+    expected = rf"the open-set rule in it is damaged \(.*{reason}"
+    with pytest.raises(ValueError, match=expected) as caught:
         stored_rule(network, {"open_set_rule": state})
     assert "\n" not in str(caught.value)
 

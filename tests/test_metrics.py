@@ -116,6 +116,11 @@ def test_macro_f1_at_half_by_hand():
     assert macro_f1_at_half(labels, probabilities) == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
+def test_a_class_without_images_or_answers_counts_0_in_both_macro_f1():
+    assert macro_f1([0, 1], [0, 1], 3) == 2 / 4
+    assert macro_f1_at_half([0], [[0.9, 0.1, 0.0]]) == 1 / 3
+
+
 def test_expected_macro_f1_of_a_random_rejector():
     """At an FPR95 of 25 % and 93 % closed-set accuracy, unknown images spread evenly: 0.806."""
     rng = np.random.default_rng(0)
@@ -132,21 +137,21 @@ def test_expected_macro_f1_of_a_random_rejector():
 
 
 def test_open_set_metrics_apply_the_given_threshold():
-    """Two known images are right; the others of class 0 and 1 are taken for each other."""
+    """Three known images are right; one of class 1 is taken for class 0."""
     known = Scores(
         np.array([0.1, 0.6, 0.3, 0.2]),
         np.array([[0.9, 0.0, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.8, 0.0, 0.2]]),
     )
     unknown = Scores(np.array([0.7]), np.array([[0.2, 0.1, 0.7]]))
-    labels = np.array([0, 1, 0, 1])
+    labels = np.array([0, 1, 1, 1])
     metrics = open_set_metrics(known, labels, unknown, threshold=0.65)
-    assert metrics["macro_f1"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
-    assert metrics["oscr"] == 1 / 2
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 4 / 5 + 1) / 3)
+    assert metrics["oscr"] == 3 / 4
     assert metrics["auroc"] == metrics["aupr_known"] == metrics["aupr_unknown"] == 1
     assert metrics["fpr_at_95_tpr"] == metrics["detection_error"] == 0
-    assert metrics["macro_f1_at_half"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert metrics["macro_f1_at_half"] == pytest.approx((2 / 3 + 0 + 2 / 3) / 3)
     metrics = open_set_metrics(known, labels, unknown, threshold=0.5)
-    assert metrics["macro_f1"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
 def test_score_at_the_threshold_is_accepted_as_known():

@@ -216,7 +216,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if WEIBULL_ENGINE != "libmr":
             print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
         names = ["train", "val", "test_known", *unknown_names(args, checkpoint)]
-        image_sets, sets = find_images(args, checkpoint, names, sha256)
+        image_sets, sets = find_sets(args, checkpoint, names, sha256)
         keep_freed_memory()
     if args.dry_run:
         for name, found in (sets or image_sets).items():
@@ -292,7 +292,7 @@ def unknown_names(args: argparse.Namespace, checkpoint: dict[str, Any]) -> list[
     return ["tiny-imagenet-crop"]
 
 
-def find_images(
+def find_sets(
     args: argparse.Namespace, checkpoint: dict[str, Any], names: Sequence[str], sha256: str
 ) -> tuple[dict[str, ImageSet], dict[str, Activations]]:
     """The image sets; or, where one of them is neither on disk nor can be downloaded, the

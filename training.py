@@ -135,9 +135,10 @@ def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: [N, K].
-        labels: [N] int64.
+        labels: [N] int64; any number beyond 0..K-1 is none of the classes.
     """
-    targets = F.one_hot(labels, logits.shape[1]).float()
+    classes = torch.arange(logits.shape[1], device=labels.device)
+    targets = (labels[:, None] == classes).float()
     entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return entropies.sum(dim=1).mean()
 

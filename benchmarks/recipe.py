@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ from command_line import make_parser
 from methods import OpenMaxSettings, build_methods
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
-from training import batches, build_optimizers, gflop_per_image, one_cycle, rotate
+from openmax import UNKNOWN
+from training import batches, build_optimizers, gflop_per_image, one_cycle, one_vs_rest, rotate
 
 EPOCHS, BATCH_SIZE, RATE = 20, 500, 0.2
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
@@ -65,33 +67,27 @@ class Base:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.network, "muon", RATE)
 
-    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is shown of a batch: images [N, C, H, W] uint8, targets [N, K]."""
-        return images, targets
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is shown of a batch: images [N, C, H, W] uint8, labels [N]."""
+        return images, labels
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         logits, reconstruction, _ = self.network(images)
         mse = F.mse_loss(reconstruction, self.network.normalize(images))
-        return self.classify(logits, targets) + mse
+        return self.classify(logits, labels) + mse
 
-    def classify(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoids(logits, targets)
+    def classify(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return one_vs_rest(logits, labels)
 
     def after(self, step: int, steps: int) -> None:
         """What follows a step."""
 
 
-def sigmoids(logits: Tensor, targets: Tensor) -> Tensor:
-    """`training.one_vs_rest` of targets [N, K]; a row of zeros is none of the classes."""
-    entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-    return entropies.sum(dim=1).mean()
-
-
 class Softmax(Base):
     """softmax loss"""
 
-    def classify(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets)
+    def classify(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels)
 
 
 class T2FNorm(Softmax):
@@ -118,8 +114,8 @@ class Wide(Base):
     """a third stage of 512 channels"""
 
     def build(self, num_classes: int) -> DHRNet:
-        models.ARCHITECTURES["wide"] = (64, 256, 512)
-        return DHRNet(num_classes, arch="wide")
+        with patch.dict(models.ARCHITECTURES, wide=(64, 256, 512)):
+            return DHRNet(num_classes, arch="wide")
 
 
 class Nesterov(Base):
@@ -172,11 +168,11 @@ class Shuffled(Base):
     share = 4
     cost = 1.25
 
-    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         some = images[:: self.share]
-        none = torch.zeros_like(targets[:: self.share])
+        none = torch.full_like(labels[:: self.share], UNKNOWN)
         changed = self.change(some).contiguous(memory_format=torch.channels_last)
-        return torch.cat([images, changed]), torch.cat([targets, none])
+        return torch.cat([images, changed]), torch.cat([labels, none])
 
     def change(self, images: Tensor) -> Tensor:
         """Exchange the left and right halves, the upper and lower ones, or both."""
@@ -204,29 +200,29 @@ class Turns(Base):
         network.turns = nn.Linear(network.head[-1].in_features, 4)
         return network
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        turns = torch.arange(len(images), device=images.device) % 4
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        turns = (torch.arange(len(images), device=images.device) % 4).sort().values
         turned = torch.cat([images[k::4].rot90(k, (2, 3)) for k in range(4)])
-        loss = super().loss(images, targets)
+        loss = super().loss(images, labels)
         pooled: list[Tensor] = []
         hook = self.network.head[-2].register_forward_hook(lambda *io: pooled.append(io[2]))
         self.network(turned, decode=False)
         hook.remove()
-        return loss + F.cross_entropy(self.network.turns(pooled[0]), turns.sort().values)
+        return loss + F.cross_entropy(self.network.turns(pooled[0]), turns)
 
 
 class Fractals(Base):
     """each image mixed up to four times with a fractal or a distorted copy of itself (PixMix)"""
 
     rounds, count = 4, 2000
-    pictures: Tensor | None = None
 
-    def views(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if Fractals.pictures is None:
-            drawn = fractals(self.count, images.shape[-1], np.random.default_rng(0))
-            Fractals.pictures = torch.from_numpy(drawn)
-        pictures = self.pictures.to(images.device)  # type: ignore[union-attr]
-        plain = images.float() / 255
+    def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
+        super().__init__(num_classes, device, seed)
+        drawn = fractals(self.count, self.network.config["image_size"], np.random.default_rng(0))
+        self.pictures = torch.from_numpy(drawn).to(device)
+
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, plain = self.pictures, images.float() / 255
         mixed = torch.where(self.coin(images), self.distorted(images), plain)
         rounds = self.draw(images, self.rounds + 1)
         for done in range(self.rounds):
@@ -234,7 +230,7 @@ class Fractals(Base):
             other = torch.where(self.coin(images), self.distorted(images), other)
             mixed = torch.where(rounds > done, self.mix(mixed, other), mixed)
         images = (255 * mixed).round().to(torch.uint8)
-        return images.contiguous(memory_format=torch.channels_last), targets
+        return images.contiguous(memory_format=torch.channels_last), labels
 
     def uniform(self, images: Tensor) -> Tensor:
         shape, device = (len(images), 1, 1, 1), images.device
@@ -337,7 +333,7 @@ def image_sets(seed: int) -> dict[str, ImageSet]:
         members = np.flatnonzero(data.train.labels == label)
         rank[members] = np.arange(len(members))
     test = data.train.where((rank >= TRAIN_PER_CLASS) & (rank < TRAIN_PER_CLASS + TEST_PER_CLASS))
-    others = set(load_known("cifar10", DATA).classes) - set(data.classes)
+    others = {*ANIMALS.split(","), *VEHICLES_AND_HOOFED.split(",")} - {*data.classes}
     left_out = load_known("cifar10", DATA, ",".join(sorted(others))).train
     return {
         "train": data.train.where(rank < TRAIN_PER_CLASS),
@@ -368,7 +364,7 @@ def train(
         for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = one_cycle(step, EPOCHS * per_epoch) * group["peak_lr"]
-            shown = recipe.views(batch, F.one_hot(label, num_classes).float())
+            shown = recipe.views(batch, label)
             with autocast(device):
                 loss = recipe.loss(*shown)
             loss.backward()

@@ -12,6 +12,7 @@ import train_dhr_nn
 import training
 from models import DHRNet
 from open_set_data import ImageSet, KnownData
+from openmax import UNKNOWN
 from train_dhr_nn import RECIPES, broken_step, build_network, complete_settings, parse_args
 from training import (
     GREY,
@@ -171,6 +172,13 @@ def test_one_vs_rest_sums_the_cross_entropies_of_k_sigmoids():
     own, p = torch.eye(5, dtype=torch.bool)[labels], torch.sigmoid(logits)
     by_hand = -torch.where(own, p, 1 - p).log().sum() / 8
     assert one_vs_rest(logits, labels).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_one_vs_rest_takes_an_unknown_label_for_none_of_the_classes():
+    logits = torch.randn(8, 5)
+    by_hand = -torch.sigmoid(-logits).log().sum() / 8
+    unknown = torch.full((8,), UNKNOWN)
+    assert one_vs_rest(logits, unknown).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])

@@ -13,8 +13,10 @@ from open_set_data import ImagesUnavailable
 
 def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser that shows a script's docstring as it stands and takes whole flags only."""
-    look = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(None, usage, doc, formatter_class=look, allow_abbrev=False)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=doc, usage=usage, formatter_class=as_it_stands, allow_abbrev=False
+    )
 
 
 def run(script: str, work: Callable[[], None], kept: Callable[[], str]) -> int:

@@ -409,8 +409,9 @@ def main(argv: list[str] | None = None) -> int:
                 check_writable(path)
         (classify_images if args.images else evaluate)(args)
 
-    kept = f"finished image sets are in {args.data_dir / 'cache'}"
-    return run("compute_openmax.py", work, lambda: kept)
+    return run(
+        "compute_openmax.py", work, lambda: f"finished image sets are in {args.data_dir / 'cache'}"
+    )
 
 
 if __name__ == "__main__":

@@ -401,8 +401,8 @@ def main(argv: list[str] | None = None) -> int:
     partial = Path(f"{args.out}.partial")
 
     def kept() -> str:
-        kept = "add --resume to go on" if partial.exists() else "no epoch was complete"
-        return f"{kept} ({partial})"
+        advice = "add --resume to go on" if partial.exists() else "no epoch was complete"
+        return f"{advice} ({partial})"
 
     return run("train_dhr_nn.py", lambda: prepare_and_train(args, partial), kept)
 

@@ -2,7 +2,7 @@
 
     python train_dhr_nn.py                              # CIFAR-10, the fast network
     python train_dhr_nn.py --arch deep                  # repeats the shipped dhr_net.pt
-    python train_dhr_nn.py --dataset folder:my/photos   # one sub-folder per class
+    python train_dhr_nn.py --dataset folder:my/photos   # one sub-folder per class; tunes dhr_net.pt
     python train_dhr_nn.py --resume                     # go on after a stop
     torchrun --nproc-per-node 8 train_dhr_nn.py         # on eight GPUs
 
@@ -66,7 +66,9 @@ RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
     "deep": Recipe(epochs=44, batch_size=1000, lr=0.2, loss="one-vs-rest", cutout=12),
     "vgg": Recipe(36, 128, 0.05, "softmax", 0, optimizer="sgd", augmentation="rotate"),
+    "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
+SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
 # A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps.
 MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS = 16, 10, 300
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
@@ -91,10 +93,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names or indices, comma-separated; the others stay unknown (default: all are known)")
     add("--image-size", type=int, metavar="PIXELS",
         help="side that images are scaled and cut to, 16..1024 (default: the data set's own; "
-        "64 for a folder)")
-    add("--arch", choices=RECIPES, default="fast",
-        help="network and recipe: fast; deep, the shipped network's; vgg, the published network "
-        "(default fast). The recipe sets the five flags below, each of which overrides it")
+        "32 for a folder)")
+    add("--arch", choices=RECIPES,
+        help="network and recipe: fast; deep, the shipped network's; vgg, the published network; "
+        "tuned, which goes on from the shipped network's weights (default: tuned for a folder, "
+        "otherwise fast). The recipe sets the five flags below, each of which overrides it")
     add("--epochs", type=int, metavar="N", help="passes over the training images, 1 or more")
     add("--batch-size", type=int, metavar="N", help="images per step, 2 or more")
     add("--lr", type=float, metavar="RATE",
@@ -116,6 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
     # fmt: on
     args = parser.parse_args(argv)
+    args.arch = args.arch or ("tuned" if args.dataset.startswith("folder:") else "fast")
     limits = {
         "image_size": (16, 1025), "epochs": (1, 2**32), "batch_size": (2, 2**32),
         "lr": (1e-9, 2**32), "cutout": (0, 2**32), "reconstruction_weight": (0, 2**32),
@@ -202,10 +206,25 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
 
 
 def build_network(args: argparse.Namespace, data: KnownData) -> DHRNet:
-    """A new network with the input statistics of the training images."""
+    """A new network with the input statistics of the training images; or, for `tuned`, with those
+    and the weights of the shipped network, but for its last layer and what has another shape.
+
+    Raises:
+        ValueError: `tuned` is to learn from grey images.
+    """
     torch.manual_seed(args.seed)
     count, size, _, channels = data.train.images.shape
     mirrored = args.dataset not in NOT_MIRRORED
+    if args.arch == "tuned":
+        if channels != 3:
+            raise ValueError("--arch tuned goes on from colour images; for grey ones, name another")
+        start, _ = load_checkpoint(SHIPPED_NETWORK)
+        network = DHRNet(len(data.classes), channels, size, start.config["arch"], mirrored)
+        new, weights = network.state_dict(), start.state_dict()
+        kept = [name for name in new if new[name].shape == weights[name].shape]
+        taken = {name: weights[name] for name in kept if not name.startswith("head.")}
+        network.load_state_dict(new | taken)
+        return network
     network = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
     some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
     network.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))

@@ -22,6 +22,7 @@ WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
+TUNING_FACTOR = 5  # AdamW's rates, where the encoder is trained already
 
 
 def augment(
@@ -181,7 +182,8 @@ def build_optimizers(network: DHRNet, name: str, lr: float) -> list[torch.optim.
 
     Args:
         network: its trained parameters are handed to the optimisers.
-        name: "sgd" or "muon".
+        name: "sgd"; "muon"; or "tuning", for an encoder that is trained already: Muon with AdamW
+            five times as fast beside it.
         lr: peak rate of SGD or Muon.
     """
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -192,9 +194,10 @@ def build_optimizers(network: DHRNet, name: str, lr: float) -> list[torch.optim.
         filters = [p for p in network.encoder.parameters() if p.requires_grad and p.ndim == 4]
         in_filters = {id(p) for p in filters}
         others = [p for p in trained if id(p) not in in_filters]
+        rate = lr * TUNING_FACTOR if name == "tuning" else lr
         groups = [
-            {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * lr},
-            {"params": [p for p in others if p.ndim == 1], "lr": ADAM_BIAS_RATE * lr},
+            {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * rate},
+            {"params": [p for p in others if p.ndim == 1], "lr": ADAM_BIAS_RATE * rate},
         ]
         adam = torch.optim.AdamW(
             groups, betas=ADAM_BETAS, weight_decay=ADAM_WEIGHT_DECAY, fused=True

@@ -2,6 +2,7 @@
 
     python benchmarks/zoo.py            # fit and compare all methods on stored activations; seconds
     python benchmarks/zoo.py --make     # first train what is missing, and store its activations
+    python benchmarks/zoo.py --make "photos 4" "photos 4 tuned"    # some of the networks
 
 Each network knows some classes of scikit-learn's digits, of the photographs in data/photos (one
 folder per kind), or of CIFAR-10's training images. Its tasks: test images of these classes against
@@ -58,6 +59,7 @@ TESTED_NETWORKS = ("digits 0", "digits ovr 0", "photos 12 0", "cifar 500 0", "ci
 TESTED_IMAGES = 1000  # of each set, at most
 TAIL_SIZES = (10, 20, 50, 100)
 OVR, DEEP, VGG = "--loss one-vs-rest", "--arch deep --epochs 20", "--arch vgg"
+TUNED = "--arch tuned --image-size 32"
 Networks = dict[str, dict[str, Activations]]  # the sets of each network
 Figures = dict[str, dict[str, dict[str, float]]]  # of each task, method and metric
 
@@ -80,6 +82,9 @@ NETWORKS = [
     *(Network("photos 4", "photos", "4", seed=seed) for seed in range(4)),
     *(Network("photos 8", "photos", "8", seed=seed) for seed in range(3)),
     *(Network("photos 12", "photos", "12", seed=seed) for seed in range(2)),
+    *(Network("photos 4 tuned", "photos", "4", TUNED, seed) for seed in range(4)),
+    *(Network("photos 8 tuned", "photos", "8", TUNED, seed) for seed in range(3)),
+    *(Network("photos 12 tuned", "photos", "12", TUNED, seed) for seed in range(2)),
     Network("cifar 500", "cifar10-500", VEHICLES_AND_HOOFED),
     Network("cifar 500", "cifar10-500", ANIMALS, seed=1),
     Network("cifar 500 ovr", "cifar10-500", ANIMALS, OVR),
@@ -91,6 +96,7 @@ NETWORKS = [
     Network("vgg 1500", "cifar10-1500", VEHICLES_AND_HOOFED, VGG),
     Network("deep", "cifar10-3000", VEHICLES_AND_HOOFED, DEEP),
 ]
+NAMES = list(dict.fromkeys(network.name for network in NETWORKS))
 
 
 def photo_kinds() -> list[str]:
@@ -145,14 +151,13 @@ def make(network: Network, out: Path) -> None:
     dataset, known, size = network.dataset, network.known, []
     if dataset == "photos":
         dataset, kinds = f"folder:{DATA / 'photos'}", known_photos(network)
-        known = ",".join(kinds[0])
+        known, size = ",".join(kinds[0]), ["--image-size", "64"]
     elif dataset != "digits":
         dataset = f"folder:{cifar_folder(int(dataset.split('-')[1]), out)}"
-        size = ["--image-size", "32"]
     checkpoint = path.with_suffix(".pt")
     if not checkpoint.exists():
-        flags = ["--dataset", dataset, "--known-classes", known, *size, *network.flags.split()]
-        flags += ["--seed", str(network.seed), "--out", str(checkpoint)]
+        flags = ["--dataset", dataset, "--known-classes", known, *size, "--arch", "fast"]
+        flags += [*network.flags.split(), "--seed", str(network.seed), "--out", str(checkpoint)]
         flags += ["--resume"] * Path(f"{checkpoint}.partial").exists()
         subprocess.run([sys.executable, str(ROOT / "train_dhr_nn.py"), *flags], check=True)
     net, _ = load_network(checkpoint)
@@ -225,6 +230,7 @@ def compare(networks: Networks, build: Callable[[int], dict[str, Any]]) -> Figur
                 scores = known, labels, method.score(sets[kind])
                 measured = open_set_metrics(*scores, method.threshold_)
                 measured["accepted"] = float(np.mean(known.unknownness <= method.threshold_))
+                measured["accuracy"] = float(np.mean(known.nearest_class == labels))
                 task = runs.setdefault(f"{network.rsplit(' ', 1)[0]}, {kind}", {})
                 task.setdefault(name, []).append(measured)
     return {
@@ -324,17 +330,26 @@ def variants(_: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add(
+        "names",
+        nargs="*",
+        choices=[*NAMES, []],
+        metavar="NAME",
+        default=NAMES,
+        help=f"networks to compare: {', '.join(NAMES)} (default: all)",
+    )
     add("--make", action="store_true", help="train and extract what is missing first")
     add("--zoo", type=Path, default=DATA / "zoo", metavar="DIR",
         help="networks and their activations (default data/zoo)")  # fmt: skip
     add("--store-for-tests", action="store_true", help="write some of them to tests/zoo again")
     add("--json", type=Path, metavar="PATH", help="write the figures there (default: no)")
     args = parser.parse_args(argv)
+    chosen = [network for network in NETWORKS if network.name in args.names]
     if args.make:
         args.zoo.mkdir(parents=True, exist_ok=True)
-        for network in NETWORKS:
+        for network in chosen:
             make(network, args.zoo)
-    paths = [args.zoo / f"{network.name} {network.seed}.npz" for network in NETWORKS]
+    paths = [args.zoo / f"{network.name} {network.seed}.npz" for network in chosen]
     if missing := [path.stem for path in paths if not path.exists()]:
         print(f"not there, see --make: {', '.join(missing)}")
     networks = {path.stem: load(path) for path in paths if path.exists()}

@@ -119,7 +119,8 @@ def photos_and_net(made_once):
             (folder / "photos" / name).mkdir(parents=True)
             for i, image in enumerate(digits.images[digits.labels == digit][:60]):
                 Image.fromarray(image[..., 0]).save(folder / "photos" / name / f"{i}.png")
-        flags = ["--dataset", f"folder:{folder / 'photos'}", "--image-size", 16, "--epochs", 2]
+        flags = ["--dataset", f"folder:{folder / 'photos'}", "--image-size", 16]
+        flags += ["--arch", "fast", "--epochs", 2]
         assert run_training(folder / "net.pt", *flags) == 0
         with pytest.MonkeyPatch.context() as patch:
             stop_after_an_epoch(patch)

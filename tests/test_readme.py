@@ -13,7 +13,7 @@ import torch
 import compute_openmax
 import train_dhr_nn
 from methods import OpenMaxSettings, build_methods
-from models import DHRNet, load_checkpoint
+from models import ARCHITECTURES, DHRNet, load_checkpoint
 from training import gflop_per_image
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +191,7 @@ def test_minutes_are_those_of_the_recorded_training(arch, record, line):
     assert int(re.search(line, README).group(1)) == pytest.approx(minutes, rel=0.05)
 
 
-@pytest.mark.parametrize("arch", train_dhr_nn.RECIPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_pflop_of_a_recipe_are_those_that_pytorch_counts(arch):
     recipe = train_dhr_nn.RECIPES[arch]
     gflop = gflop_per_image(DHRNet(10, arch=arch))

@@ -13,7 +13,7 @@ import report
 import train_dhr_nn
 from models import load_checkpoint
 from open_set_data import ImageSet, load_known
-from train_dhr_nn import RECIPES, complete_settings, parse_args
+from train_dhr_nn import RECIPES, build_network, complete_settings, parse_args
 from training import one_cycle
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,26 @@ def test_help_gives_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     assert capsys.readouterr().out.count("default") >= 9
+
+
+@pytest.mark.parametrize(("size", "new"), [(16, {"head"}), (20, {"head", "deconvs"})])
+def test_training_on_a_folder_goes_on_from_the_shipped_weights(photos, size, new):
+    args = parse_args(["--dataset", f"folder:{photos}"])
+    assert (args.arch, parse_args([]).arch) == ("tuned", "fast")
+    network = build_network(args, load_known(args.dataset, photos, "", size))
+    shipped = weights(ROOT / "dhr_net.pt")
+    differing = {
+        name.split(".")[0]
+        for name, weight in network.state_dict().items()
+        if not torch.equal(weight, shipped[name])
+    }
+    assert differing == new
+
+
+def test_grey_images_cannot_go_on_from_colour_ones(capsys, tmp_path):
+    out = str(tmp_path / "net.pt")
+    assert train_dhr_nn.main(["--dataset", "digits", "--arch", "tuned", "--out", out]) == 1
+    assert "--arch tuned goes on from colour images" in capsys.readouterr().err
 
 
 # Whole runs

@@ -13,7 +13,7 @@ import training
 from models import DHRNet
 from open_set_data import ImageSet, KnownData
 from openmax import UNKNOWN
-from train_dhr_nn import RECIPES, broken_step, build_network, complete_settings, parse_args
+from train_dhr_nn import broken_step, build_network, complete_settings, parse_args
 from training import (
     GREY,
     augment,
@@ -190,15 +190,31 @@ def test_orthogonalize_moves_singular_values_to_about_1(shape):
     assert 0.6 < torch.linalg.svdvals(moved).min() <= torch.linalg.svdvals(moved).max() < 1.3
 
 
-@pytest.mark.parametrize("arch", RECIPES)
-def test_every_trained_weight_has_one_optimiser_and_muon_the_encoders_filters(arch):
-    network, name = DHRNet(3, 1, 16, arch), RECIPES[arch].optimizer
+@pytest.mark.parametrize(
+    ("arch", "name"), [("fast", "muon"), ("deep", "muon"), ("deep", "tuning"), ("vgg", "sgd")]
+)
+def test_every_trained_weight_has_one_optimiser_and_muon_the_encoders_filters(arch, name):
+    network = DHRNet(3, 1, 16, arch)
     optimizers = build_optimizers(network, name, 0.1)
     groups = [[id(p) for g in each.param_groups for p in g["params"]] for each in optimizers]
     trained = {id(p) for p in network.parameters() if p.requires_grad}
     assert sorted(chain(*groups)) == sorted(trained)
     filters = {id(p) for p in network.encoder.parameters() if p.ndim == 4}
-    assert set(groups[0]) == (filters if name == "muon" else trained)
+    assert set(groups[0]) == (trained if name == "sgd" else filters)
+
+
+def test_tuning_has_new_layers_learn_five_times_as_fast_beside_the_encoder():
+    network = DHRNet(2, 1, 16)
+    (muon, *adam), (same, *faster) = (
+        [
+            group["peak_lr"]
+            for each in build_optimizers(network, name, 0.1)
+            for group in each.param_groups
+        ]
+        for name in ("muon", "tuning")
+    )
+    assert same == muon
+    assert faster == pytest.approx([5 * rate for rate in adam])
 
 
 def test_muon_keeps_filters_at_their_norm_and_moves_along_the_orthogonalised_gradient():

@@ -2,7 +2,7 @@
 
     python train_dhr_nn.py                              # CIFAR-10, the fast network
     python train_dhr_nn.py --arch deep                  # repeats the shipped dhr_net.pt
-    python train_dhr_nn.py --dataset folder:my/photos   # one sub-folder per class; tunes dhr_net.pt
+    python train_dhr_nn.py --dataset folder:my/photos   # one sub-folder per class
     python train_dhr_nn.py --resume                     # go on after a stop
     torchrun --nproc-per-node 8 train_dhr_nn.py         # on eight GPUs
 

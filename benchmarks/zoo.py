@@ -164,7 +164,7 @@ def make(network: Network, out: Path) -> None:
     data = load_known(dataset, DATA, known, net.config["image_size"])
     unknown = {"classes": data.test_unknown}
     if network.dataset == "photos":  # all images of the other kinds: it has seen none of them
-        unknown["classes"] = photographs(kinds[1])
+        unknown["classes"] = fit_to(photographs(kinds[1]), net.config["image_size"])
     elif network.dataset != "digits":
         unknown |= photos_beside(known)
     sets = {name: getattr(data, name) for name in KNOWN_SPLITS}

@@ -151,6 +151,34 @@ def test_table_of_the_zoo_holds_the_recorded_figures():
     assert claim in " ".join(text.split())
 
 
+@pytest.mark.parametrize("kinds", [4, 8, 12])
+def test_gain_of_going_on_from_the_shipped_network_is_as_recorded(kinds):
+    tuned = json.loads((RESULTS / "zoo-tuned.json").read_text())
+    assert f"Regret is {100 * tuned['regret']['dhr_openmax']:.1f} on these three" in BENCHMARKS
+    both = [
+        ZOO["tasks"][f"photos {kinds}, classes"],
+        tuned["tasks"][f"photos {kinds} tuned, classes"],
+    ]
+    gain = both[1]["dhr_openmax"]["auroc"] - both[0]["dhr_openmax"]["auroc"]
+    assert (gain > 0) == (kinds == 4)
+    cells = [f"{100 * of['dhr_openmax'][m]:.1f}" for m in ("auroc", "oscr") for of in both]
+    cells.append(f"{100 * both[1]['dhr_openmax']['accuracy']:.1f}")
+    assert f"| {kinds} kinds | {' | '.join(cells)} |" in BENCHMARKS
+
+
+def test_accuracy_of_going_on_from_the_shipped_network_is_the_recorded_one():
+    lines = [line.split() for line in (RESULTS / "tuned.txt").read_text().splitlines()]
+    chosen = ["shipped", "0.02", "0.1", "one-vs-rest", "12"]
+    tuned, fresh = (
+        [next(row[-5] for row in lines if row[:5] == start and row[-7] == kinds)
+         for kinds in ("4", "8", "12")]
+        for start in (chosen, ["nothing,", "64", "pixels", "0.1", "0.1"])
+    )  # fmt: skip
+    claim = "it names {:.0f}, {:.0f} and {:.0f} % of the validation images correctly"
+    assert claim.format(*map(float, tuned)) in " ".join(README.split())
+    assert "has {:.0f}, {:.0f} and {:.0f} %".format(*map(float, fresh)) in " ".join(README.split())
+
+
 @pytest.mark.parametrize("method", ["openmax", "crosr"])
 def test_forms_of_the_published_methods_compare_as_the_text_says(method):
     settings = ZOO["settings"]
@@ -189,6 +217,12 @@ def epochs_of(record):
 def test_minutes_are_those_of_the_recorded_training(arch, record, line):
     minutes = sum(float(row[1]) for row in epochs_of(record)) / 60
     assert int(re.search(line, README).group(1)) == pytest.approx(minutes, rel=0.05)
+
+
+def test_own_pictures_train_within_the_minutes_that_the_text_gives():
+    minutes = sum(float(row[1]) for row in epochs_of("photos.txt")) / 60
+    shown = int(re.search(r"# your own pictures: (\d+) minutes for 200", README).group(1))
+    assert shown - 2 < minutes < shown
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -219,6 +219,26 @@ def test_minutes_are_those_of_the_recorded_training(arch, record, line):
     assert int(re.search(line, README).group(1)) == pytest.approx(minutes, rel=0.05)
 
 
+def test_evaluation_without_bfloat16_units_is_as_the_text_says():
+    recorded = (RESULTS / "evaluate-float32.txt").read_text()
+    seconds = [float(value) for value in re.findall(r" ([\d.]+) s\b", recorded)]
+    claim = "`make evaluate` takes (\\d+) minutes without them, and no figure differs by more than"
+    minutes, points = map(
+        float, re.search(claim + r" ([\d.]+) points", " ".join(README.split())).groups()
+    )
+    assert minutes == round(sum(seconds) / 60)
+    columns = list(compute_openmax.TABLE_COLUMNS)
+    differences = [
+        abs(float(cell) - 100 * RECORDED["methods"][row.split()[0]][block.split()[0]][column])
+        for block in recorded.split("against ")[1:]
+        for row in block.splitlines()
+        if row.split()[:1] and row.split()[0] in METHODS
+        for cell, column in zip(row.split()[1:], columns, strict=True)
+    ]
+    assert len(differences) == 3 * 5 * 8
+    assert max(differences) < points
+
+
 def test_own_pictures_train_within_the_minutes_that_the_text_gives():
     minutes = sum(float(row[1]) for row in epochs_of("photos.txt")) / 60
     shown = int(re.search(r"# your own pictures: (\d+) minutes for 200", README).group(1))

@@ -222,7 +222,7 @@ def test_minutes_are_those_of_the_recorded_training(arch, record, line):
 def test_evaluation_without_bfloat16_units_is_as_the_text_says():
     recorded = (RESULTS / "evaluate-float32.txt").read_text()
     seconds = [float(value) for value in re.findall(r" ([\d.]+) s\b", recorded)]
-    claim = "`make evaluate` takes (\\d+) minutes without them, and no figure differs by more than"
+    claim = r"`make evaluate` takes (\d+) minutes without them, and no figure differs by more than"
     minutes, points = map(
         float, re.search(claim + r" ([\d.]+) points", " ".join(README.split())).groups()
     )

@@ -245,6 +245,14 @@ def test_own_pictures_train_within_the_minutes_that_the_text_gives():
     assert shown - 2 < minutes < shown
 
 
+def test_mutants_are_those_of_the_recorded_run():
+    recorded = (RESULTS / "mutants.txt").read_text().splitlines()[1]
+    noticed, left = re.search(r"(\d+) noticed, (\d+) not", recorded).groups()
+    text = (ROOT / "tests" / "README.md").read_text()
+    assert f"noticed {noticed} of 1,041" in text
+    assert f"lists the other {left}." in text
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_pflop_of_a_recipe_are_those_that_pytorch_counts(arch):
     recipe = train_dhr_nn.RECIPES[arch]

@@ -59,7 +59,7 @@ TESTED_NETWORKS = ("digits 0", "digits ovr 0", "photos 12 0", "cifar 500 0", "ci
 TESTED_IMAGES = 1000  # of each set, at most
 TAIL_SIZES = (10, 20, 50, 100)
 OVR, DEEP, VGG = "--loss one-vs-rest", "--arch deep --epochs 20", "--arch vgg"
-TUNED = "--arch tuned --image-size 32"
+FRESH, TUNED = "--image-size 64", "--arch tuned"
 Networks = dict[str, dict[str, Activations]]  # the sets of each network
 Figures = dict[str, dict[str, dict[str, float]]]  # of each task, method and metric
 
@@ -79,9 +79,9 @@ NETWORKS = [
     Network("digits", "digits", "4,5,6,7,8,9", seed=1),
     Network("digits ovr", "digits", "0,2,4,6,8,9", OVR),
     Network("digits ovr", "digits", "1,3,5,7,8,9", OVR, seed=1),
-    *(Network("photos 4", "photos", "4", seed=seed) for seed in range(4)),
-    *(Network("photos 8", "photos", "8", seed=seed) for seed in range(3)),
-    *(Network("photos 12", "photos", "12", seed=seed) for seed in range(2)),
+    *(Network("photos 4", "photos", "4", FRESH, seed) for seed in range(4)),
+    *(Network("photos 8", "photos", "8", FRESH, seed) for seed in range(3)),
+    *(Network("photos 12", "photos", "12", FRESH, seed) for seed in range(2)),
     *(Network("photos 4 tuned", "photos", "4", TUNED, seed) for seed in range(4)),
     *(Network("photos 8 tuned", "photos", "8", TUNED, seed) for seed in range(3)),
     *(Network("photos 12 tuned", "photos", "12", TUNED, seed) for seed in range(2)),
@@ -148,15 +148,15 @@ def make(network: Network, out: Path) -> None:
     path = out / f"{network.name} {network.seed}.npz"
     if path.exists():
         return
-    dataset, known, size = network.dataset, network.known, []
+    dataset, known = network.dataset, network.known
     if dataset == "photos":
         dataset, kinds = f"folder:{DATA / 'photos'}", known_photos(network)
-        known, size = ",".join(kinds[0]), ["--image-size", "64"]
+        known = ",".join(kinds[0])
     elif dataset != "digits":
         dataset = f"folder:{cifar_folder(int(dataset.split('-')[1]), out)}"
     checkpoint = path.with_suffix(".pt")
     if not checkpoint.exists():
-        flags = ["--dataset", dataset, "--known-classes", known, *size, "--arch", "fast"]
+        flags = ["--dataset", dataset, "--known-classes", known, "--arch", "fast"]
         flags += [*network.flags.split(), "--seed", str(network.seed), "--out", str(checkpoint)]
         flags += ["--resume"] * Path(f"{checkpoint}.partial").exists()
         subprocess.run([sys.executable, str(ROOT / "train_dhr_nn.py"), *flags], check=True)
@@ -330,14 +330,8 @@ def variants(_: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        choices=[*NAMES, []],
-        metavar="NAME",
-        default=NAMES,
-        help=f"networks to compare: {', '.join(NAMES)} (default: all)",
-    )
+    add("names", nargs="*", choices=[*NAMES, []], metavar="NAME", default=NAMES,
+        help=f"networks to compare: {', '.join(NAMES)} (default: all)")  # fmt: skip
     add("--make", action="store_true", help="train and extract what is missing first")
     add("--zoo", type=Path, default=DATA / "zoo", metavar="DIR",
         help="networks and their activations (default data/zoo)")  # fmt: skip

@@ -174,9 +174,18 @@ def test_accuracy_of_going_on_from_the_shipped_network_is_the_recorded_one():
          for kinds in ("4", "8", "12")]
         for start in (chosen, ["nothing,", "64", "pixels", "0.1", "0.1"])
     )  # fmt: skip
+    text = " ".join(BENCHMARKS.split())
     claim = "it names {:.0f}, {:.0f} and {:.0f} % of the validation images correctly"
-    assert claim.format(*map(float, tuned)) in " ".join(README.split())
-    assert "has {:.0f}, {:.0f} and {:.0f} %".format(*map(float, fresh)) in " ".join(README.split())
+    assert claim.format(*map(float, tuned)) in text
+    assert "has {:.0f}, {:.0f} and {:.0f} %".format(*map(float, fresh)) in text
+
+
+def test_oscr_of_going_on_from_the_shipped_network_is_the_recorded_one():
+    recorded = {**ZOO["tasks"], **json.loads((RESULTS / "zoo-tuned.json").read_text())["tasks"]}
+    for claim, recipe in (("is {}, {} and {} % on 4", " tuned"), ("has {}, {} and {} %. It", "")):
+        tasks = [f"photos {kinds}{recipe}, classes" for kinds in (4, 8, 12)]
+        cells = [f"{100 * recorded[task]['dhr_openmax']['oscr']:.1f}" for task in tasks]
+        assert claim.format(*cells) in " ".join(README.split())
 
 
 @pytest.mark.parametrize("method", ["openmax", "crosr"])

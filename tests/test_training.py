@@ -203,7 +203,7 @@ def test_every_trained_weight_has_one_optimiser_and_muon_the_encoders_filters(ar
     assert set(groups[0]) == (trained if name == "sgd" else filters)
 
 
-def test_tuning_has_new_layers_learn_five_times_as_fast_beside_the_encoder():
+def test_tuning_gives_adamw_five_times_its_rate_beside_muon():
     network = DHRNet(2, 1, 16)
     (muon, *adam), (same, *faster) = (
         [

@@ -211,15 +211,72 @@ class Turns(Base):
         return loss + F.cross_entropy(self.network.turns(pooled[0]), turns)
 
 
+def fractals(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, size, size, 3] uint8 pictures of iterated function systems: the places that points
+    reach under random contracting affine maps, each map of a colour of its own."""
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    for picture in tqdm(pictures, "fractals", leave=False):
+        maps = rng.integers(2, 5)
+        turns = rng.uniform(0, 2 * np.pi, (2, maps))
+        singular = np.sort(rng.uniform(0.2, 0.95, (maps, 2)))[:, ::-1] * rng.choice(
+            (-1, 1), (maps, 2)
+        )
+        left, right = (
+            np.stack([np.cos(t), -np.sin(t), np.sin(t), np.cos(t)], -1).reshape(-1, 2, 2)
+            for t in turns
+        )
+        affine, offset = left * singular[:, None] @ right, rng.uniform(-1, 1, (maps, 2))
+        colours, ground = rng.uniform(0, 1, (maps, 3)), rng.uniform(0, 1, 3)
+        points, shade = np.zeros((1000, 2)), np.zeros((1000, 3))
+        seen, weights = [], []
+        for turn in range(40):
+            chosen = rng.integers(0, maps, 1000)
+            points = np.einsum("nij,nj->ni", affine[chosen], points) + offset[chosen]
+            shade = (shade + colours[chosen]) / 2
+            if turn >= 10:
+                seen.append(points)
+                weights.append(shade)
+        place, shade_of = np.concatenate(seen), np.concatenate(weights)
+        low, high = np.percentile(place, (1, 99), axis=0)
+        cells = ((place - low) / np.maximum(high - low, 1e-6) * size).astype(int)
+        inside = ((cells >= 0) & (cells < size)).all(axis=1)
+        flat = cells[inside] @ (size, 1)
+        hits = np.bincount(flat, minlength=size * size)
+        colour = np.stack(
+            [np.bincount(flat, shade_of[inside, c], size * size) for c in range(3)], -1
+        )
+        colour /= np.maximum(hits, 1)[:, None]
+        density = (np.log1p(hits) / np.log1p(hits.max()))[:, None] ** 0.5
+        mixed = density * colour + (1 - density) * ground
+        picture[:] = (255 * mixed).reshape(size, size, 3)
+    return pictures
+
+
+def coloured_noise(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, size, size, 3] uint8 noise whose amplitude falls with the frequency f as f^-a, with a
+    drawn from 0.5..2, in three random colours each."""
+    row, column = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)
+    frequency = np.hypot(row, column)
+    frequency[0, 0] = np.inf  # no constant part
+    slope = rng.uniform(0.5, 2, (count, 1, 1, 1))
+    phases = rng.standard_normal((2, count, 3, size, size // 2 + 1))
+    noise = np.fft.irfft2((phases[0] + 1j * phases[1]) * frequency**-slope, (size, size))
+    noise /= noise.std(axis=(2, 3), keepdims=True)
+    colours, ground = rng.standard_normal((count, 3, 3)), rng.uniform(0, 1, (count, 1, 1, 3))
+    pictures = ground + 0.15 * np.einsum("nchw,ncd->nhwd", noise, colours)
+    return (255 * pictures).clip(0, 255).astype(np.uint8)
+
+
 class Fractals(Base):
     """each image mixed up to four times with a fractal or a distorted copy of itself (PixMix)"""
 
     rounds, count = 4, 2000
+    draw_pictures = staticmethod(fractals)
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         super().__init__(num_classes, device, seed)
-        drawn = fractals(self.count, self.network.config["image_size"], np.random.default_rng(0))
-        self.pictures = torch.from_numpy(drawn).to(device)
+        size, rng = self.network.config["image_size"], np.random.default_rng(0)
+        self.pictures = torch.from_numpy(self.draw_pictures(self.count, size, rng)).to(device)
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         pictures, plain = self.pictures, images.float() / 255
@@ -270,57 +327,28 @@ class Fractals(Base):
         return choices[self.draw(images, 4).flatten(), index]
 
 
-def fractals(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, size, size, 3] uint8 pictures of iterated function systems: the places that points
-    reach under random contracting affine maps, each map of a colour of its own."""
-    pictures = np.empty((count, size, size, 3), np.uint8)
-    for picture in tqdm(pictures, "fractals", leave=False):
-        maps = rng.integers(2, 5)
-        turns = rng.uniform(0, 2 * np.pi, (2, maps))
-        singular = np.sort(rng.uniform(0.2, 0.95, (maps, 2)))[:, ::-1] * rng.choice(
-            (-1, 1), (maps, 2)
-        )
-        left, right = (
-            np.stack([np.cos(t), -np.sin(t), np.sin(t), np.cos(t)], -1).reshape(-1, 2, 2)
-            for t in turns
-        )
-        affine, offset = left * singular[:, None] @ right, rng.uniform(-1, 1, (maps, 2))
-        colours, ground = rng.uniform(0, 1, (maps, 3)), rng.uniform(0, 1, 3)
-        points, shade = np.zeros((1000, 2)), np.zeros((1000, 3))
-        seen, weights = [], []
-        for turn in range(40):
-            chosen = rng.integers(0, maps, 1000)
-            points = np.einsum("nij,nj->ni", affine[chosen], points) + offset[chosen]
-            shade = (shade + colours[chosen]) / 2
-            if turn >= 10:
-                seen.append(points)
-                weights.append(shade)
-        place, shade_of = np.concatenate(seen), np.concatenate(weights)
-        low, high = np.percentile(place, (1, 99), axis=0)
-        cells = ((place - low) / np.maximum(high - low, 1e-6) * size).astype(int)
-        inside = ((cells >= 0) & (cells < size)).all(axis=1)
-        flat = cells[inside] @ (size, 1)
-        hits = np.bincount(flat, minlength=size * size)
-        colour = np.stack(
-            [np.bincount(flat, shade_of[inside, c], size * size) for c in range(3)], -1
-        )
-        colour /= np.maximum(hits, 1)[:, None]
-        density = (np.log1p(hits) / np.log1p(hits.max()))[:, None] ** 0.5
-        mixed = density * colour + (1 - density) * ground
-        picture[:] = (255 * mixed).reshape(size, size, 3)
-    return pictures
+class OneFractal(Fractals):
+    """half of the images mixed once with a fractal, none distorted"""
+
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        plain = images.float() / 255
+        other = self.pictures[self.draw(images, len(self.pictures)).flatten()]
+        mixed = self.mix(plain, other.permute(0, 3, 1, 2) / 255)
+        images = (255 * torch.where(self.coin(images), mixed, plain)).round().to(torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last), labels
 
 
-class LightFractals(Fractals):
-    """the same, two times at most"""
+class OneNoise(OneFractal):
+    """the same with coloured 1/f noise in place of fractals"""
 
-    rounds = 2
+    draw_pictures = staticmethod(coloured_noise)
 
 
 VARIANTS = {
     "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
-    "turns": Turns, "fractals": Fractals, "light-fractals": LightFractals, "no-cutout": NoCutout,
+    "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
+    "no-cutout": NoCutout,
 }  # fmt: skip
 
 

@@ -190,6 +190,14 @@ class Turned(Shuffled):
         return images.rot90(int(turns), (2, 3))
 
 
+class TurnedOrShuffled(Turned):
+    """with a quarter as many images, turned or of exchanged quadrants, as "none of these\""""
+
+    def change(self, images: Tensor) -> Tensor:
+        half = len(images) // 2
+        return torch.cat([super().change(images[:half]), Shuffled.change(self, images[half:])])
+
+
 class Turns(Base):
     """a second head that tells by how many quarters an image is turned (RotPred), on a copy"""
 
@@ -347,6 +355,7 @@ class OneNoise(OneFractal):
 VARIANTS = {
     "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
+    "turned-or-shuffled": TurnedOrShuffled,
     "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
     "no-cutout": NoCutout,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Compare changes to the training recipe of `deep`, one at a time, on classes left out.
 
     python benchmarks/recipe.py                            # all changes, two seeds; hours
-    python benchmarks/recipe.py base fractals --seeds 0    # some of them
+    python benchmarks/recipe.py base turned --seeds 0      # some of them
 
 Each network is a `fast` one under the recipe of `deep`: one-vs-rest, cutout, Muon. It knows six of
 CIFAR-10's classes, other ones for each seed, and trains on 1,500 images of each. Its test
@@ -41,7 +41,7 @@ from zoo import (
 import models
 from activations import autocast, keep_freed_memory, prepare_device
 from command_line import make_parser
-from methods import OpenMaxSettings, build_methods
+from methods import DHROpenMax, OpenMaxSettings, build_methods
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
 from openmax import UNKNOWN
@@ -52,7 +52,7 @@ TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
 
 
 class Base:
-    """the recipe of `deep`; a subclass changes what its docstring says"""
+    """the recipe of `deep`"""
 
     cutout = 12
     cost = 1.0  # images seen per training image
@@ -444,25 +444,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(args.variants, args.seeds, args.folder)
 
 
+class Spread(DHROpenMax):
+    """The rule with another evidence, -||y - mean of y||: something unknown excites all classes
+    alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
+    there."""
+
+    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+        _, distances = super().tests(logits, latents_max).T
+        spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
+        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
+
+
 def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
     """One row per change: its cost, and figures in %, means over the seeds."""
     costs = json.loads((folder / "costs.json").read_text())
-    areas = [f"dhr_openmax, {kind}" for kind in UNKNOWN_KINDS] + ["its mean", "best other mean"]
-    print(f"{'':16}{'PFLOP':>7}{'accuracy':>10}" + "".join(f"{area:>22}" for area in areas))
+    rules = ("dhr_openmax", "spread")
+    titles = ["dhr_openmax", "with the spread of y as evidence"]
+    columns = "".join(f"{column:>9}" for column in (*UNKNOWN_KINDS, "mean"))
+    print(f"{'AUROC in %':38}" + "".join(f"{title:>37}" for title in titles))
+    print(f"{'':19}{'PFLOP':>9}{'accuracy':>10} {columns} {columns}  best published method")
     for name in variants:
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
         tests = [sets["test_known"] for sets in networks.values()]
         accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
-        figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
-        row = [figures[f"{name}, {kind}"]["dhr_openmax"]["auroc"] for kind in UNKNOWN_KINDS]
-        others = {method: of["auroc"] for method, of in means(figures).items()}
-        row.append(others.pop("dhr_openmax"))
-        best = max(others, key=others.__getitem__)
-        print(
-            f"{name:16}{costs[name]:7.3f}{100 * accuracy:10.2f}"
-            + "".join(f"{100 * area:22.2f}" for area in row)
-            + f"{best:>15}{100 * others[best]:7.2f}  {VARIANTS[name].__doc__}"
+        figures = compare(
+            networks, lambda _: {**build_methods(OpenMaxSettings()), "spread": Spread()}
         )
+        of = {method: mean["auroc"] for method, mean in means(figures).items()}
+        row = f"{costs[name]:9.3f}{100 * accuracy:10.2f}"
+        for rule in rules:
+            areas = [figures[f"{name}, {kind}"][rule]["auroc"] for kind in UNKNOWN_KINDS]
+            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[rule]))
+        best = max(of.keys() - {*rules}, key=of.__getitem__)
+        print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {VARIANTS[name].__doc__}")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,13 @@ def test_oscr_of_going_on_from_the_shipped_network_is_the_recorded_one():
         assert claim.format(*cells) in " ".join(README.split())
 
 
+@pytest.mark.parametrize("change", ["base", "fractals", "turned", "turned-or-shuffled"])
+def test_table_of_changes_of_the_recipe_holds_the_recorded_figures(change):
+    recorded = (RESULTS / "recipe.txt").read_text()
+    cells = re.search(rf"^{change} (.*)$", recorded, re.MULTILINE).group(1).split()
+    assert row_of(change, BENCHMARKS) == [*cells[:5], *cells[6:9]]  # without their means
+
+
 @pytest.mark.parametrize("method", ["openmax", "crosr"])
 def test_forms_of_the_published_methods_compare_as_the_text_says(method):
     settings = ZOO["settings"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recipe import VARIANTS, Fractals, Lookahead, fractals, train
+from recipe import VARIANTS, Fractals, Lookahead, Spread, coloured_noise, fractals, train
 
 from open_set_data import ImageSet
 from openmax import UNKNOWN
@@ -22,7 +22,7 @@ def few_fractals(monkeypatch):
     monkeypatch.setattr(Fractals, "count", 4)
 
 
-@pytest.mark.parametrize("name", ["shuffled", "turned"])
+@pytest.mark.parametrize("name", ["shuffled", "turned", "turned-or-shuffled"])
 def test_changed_copies_are_none_of_the_classes_and_keep_their_pixels(name, images):
     recipe = VARIANTS[name](2, CPU, seed=0)
     shown, labels = recipe.views(images, torch.arange(8) % 2)
@@ -33,18 +33,20 @@ def test_changed_copies_are_none_of_the_classes_and_keep_their_pixels(name, imag
         assert torch.equal(copy.flatten().sort().values, original.flatten().sort().values)
 
 
-def test_fractals_change_images_but_not_labels(images):
+@pytest.mark.parametrize("name", ["fractals", "one-fractal", "one-noise"])
+def test_mixed_in_pictures_change_images_but_not_labels(name, images):
     labels = torch.arange(8) % 2
-    shown, same = Fractals(2, CPU, seed=0).views(images, labels)
+    shown, same = VARIANTS[name](2, CPU, seed=0).views(images, labels)
     assert shown.shape == images.shape
     assert shown.dtype == torch.uint8
     assert not torch.equal(shown, images)
     assert same is labels
 
 
-def test_fractals_are_pictures_of_several_colours_and_the_seed_decides():
-    drawn = fractals(5, 16, np.random.default_rng(0))
-    assert np.array_equal(drawn, fractals(5, 16, np.random.default_rng(0)))
+@pytest.mark.parametrize("draw", [fractals, coloured_noise])
+def test_drawn_pictures_have_several_colours_and_the_seed_decides(draw):
+    drawn = draw(5, 16, np.random.default_rng(0))
+    assert np.array_equal(drawn, draw(5, 16, np.random.default_rng(0)))
     assert min(picture.std() for picture in drawn) > 3
     assert len({picture.tobytes() for picture in drawn}) == 5
 
@@ -70,6 +72,14 @@ def test_lookahead_draws_every_fifth_step_back_and_ends_at_its_slow_weights():
         seen.append(weight[0, 0].item())
     slow = 4 * (1 - 0.95**5 * (4 / 7) ** 3)  # it had been 0
     assert seen == pytest.approx([0, 1, 2, 3, slow, 5, slow])
+
+
+def test_spread_ignores_what_all_logits_share():
+    rule = Spread()
+    rule.means, rule.whitening = torch.zeros(3, 5), torch.eye(5, dtype=torch.float64)
+    logits, latents = torch.tensor([[1.0, 2, 3]]), torch.zeros(1, 2)
+    evidence = [rule.tests(logits + shift, latents)[0, 0].item() for shift in (0, -100)]
+    assert evidence == pytest.approx([-(2**0.5), -(2**0.5)])
 
 
 @pytest.mark.slow

@@ -188,7 +188,9 @@ def test_oscr_of_going_on_from_the_shipped_network_is_the_recorded_one():
         assert claim.format(*cells) in " ".join(README.split())
 
 
-@pytest.mark.parametrize("change", ["base", "fractals", "turned", "turned-or-shuffled"])
+@pytest.mark.parametrize(
+    "change", ["base", "fractals", "turned", "turned-or-shuffled", "lookahead"]
+)
 def test_table_of_changes_of_the_recipe_holds_the_recorded_figures(change):
     recorded = (RESULTS / "recipe.txt").read_text()
     cells = re.search(rf"^{change} (.*)$", recorded, re.MULTILINE).group(1).split()

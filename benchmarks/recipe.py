@@ -287,15 +287,24 @@ class Fractals(Base):
         self.pictures = torch.from_numpy(self.draw_pictures(self.count, size, rng)).to(device)
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        pictures, plain = self.pictures, images.float() / 255
+        plain = images.float() / 255
         mixed = torch.where(self.coin(images), self.distorted(images), plain)
         rounds = self.draw(images, self.rounds + 1)
         for done in range(self.rounds):
-            other = pictures[self.draw(images, len(pictures)).flatten()].permute(0, 3, 1, 2) / 255
+            other = self.pick(images)
             other = torch.where(self.coin(images), self.distorted(images), other)
             mixed = torch.where(rounds > done, self.mix(mixed, other), mixed)
+        return self.in_bytes(mixed), labels
+
+    def pick(self, images: Tensor) -> Tensor:
+        """A random picture for each image, [N, 3, H, W] in 0..1."""
+        return (
+            self.pictures[self.draw(images, len(self.pictures)).flatten()].permute(0, 3, 1, 2) / 255
+        )
+
+    def in_bytes(self, mixed: Tensor) -> Tensor:
         images = (255 * mixed).round().to(torch.uint8)
-        return images.contiguous(memory_format=torch.channels_last), labels
+        return images.contiguous(memory_format=torch.channels_last)
 
     def uniform(self, images: Tensor) -> Tensor:
         shape, device = (len(images), 1, 1, 1), images.device
@@ -340,10 +349,8 @@ class OneFractal(Fractals):
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         plain = images.float() / 255
-        other = self.pictures[self.draw(images, len(self.pictures)).flatten()]
-        mixed = self.mix(plain, other.permute(0, 3, 1, 2) / 255)
-        images = (255 * torch.where(self.coin(images), mixed, plain)).round().to(torch.uint8)
-        return images.contiguous(memory_format=torch.channels_last), labels
+        mixed = self.mix(plain, self.pick(images))
+        return self.in_bytes(torch.where(self.coin(images), mixed, plain)), labels
 
 
 class OneNoise(OneFractal):

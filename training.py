@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import rank, world_size
 from models import DHRNet
+from openmax import UNKNOWN
 
 SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
 ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
@@ -128,18 +129,27 @@ def batches(
         yield batch[mine], labels[index][mine]
 
 
+def with_turned(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch [N, C, H, W] with its labels, and N / 4 copies turned by quarters as `UNKNOWN`."""
+    turned = [images[quarters::12].rot90(quarters, (2, 3)) for quarters in (1, 2, 3)]
+    images = torch.cat([images, *turned]).contiguous(memory_format=torch.channels_last)
+    return images, F.pad(labels, (0, len(images) - len(labels)), value=UNKNOWN)
+
+
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
 
     Softmax ignores a constant added to all logits. This loss fixes each logit's absolute value,
-    which distances need.
+    which distances need. An unknown image is each class with a probability of 1/2: the loss takes
+    its logits to 0, as the objectosphere loss does (Dhamija et al. 2018, arXiv 1811.04110).
 
     Args:
         logits: [N, K].
-        labels: [N] int64; any number beyond 0..K-1 is none of the classes.
+        labels: [N] int64, 0..K-1 or `UNKNOWN`.
     """
     classes = torch.arange(logits.shape[1], device=labels.device)
     targets = (labels[:, None] == classes).float()
+    targets[labels == UNKNOWN] = 0.5
     entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return entropies.sum(dim=1).mean()
 

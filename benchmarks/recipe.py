@@ -167,10 +167,11 @@ class Shuffled(Base):
 
     share = 4
     cost = 1.25
+    label = 99  # no class: one_vs_rest takes each for wrong
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         some = images[:: self.share]
-        none = torch.full_like(labels[:: self.share], UNKNOWN)
+        none = torch.full_like(labels[:: self.share], self.label)
         changed = self.change(some).contiguous(memory_format=torch.channels_last)
         return torch.cat([images, changed]), torch.cat([labels, none])
 
@@ -188,6 +189,12 @@ class Turned(Shuffled):
     def change(self, images: Tensor) -> Tensor:
         turns = torch.randint(1, 4, (), generator=self.generator, device=images.device)
         return images.rot90(int(turns), (2, 3))
+
+
+class TurnedHalf(Turned):
+    """the same, where a turned image is each class with a probability of 1/2"""
+
+    label = UNKNOWN
 
 
 class TurnedOrShuffled(Turned):
@@ -362,6 +369,7 @@ class OneNoise(OneFractal):
 VARIANTS = {
     "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
+    "turned-half": TurnedHalf,
     "turned-or-shuffled": TurnedOrShuffled,
     "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
     "no-cutout": NoCutout,

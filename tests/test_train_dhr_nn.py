@@ -51,7 +51,7 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert checkpoint["train_args"] == {
         "dataset": "digits", "known_classes": "0,1", "image_size": None, "arch": "fast",
         "epochs": 2, "batch_size": 120, "lr": 0.1, "loss": "softmax", "cutout": 0,
-        "optimizer": "muon", "augmentation": "shift",
+        "turned_epochs": 0, "optimizer": "muon", "augmentation": "shift",
         "reconstruction_weight": 1.0, "seed": 0,
     }  # fmt: skip
     assert checkpoint["known_classes"] == ["0", "1"]
@@ -75,6 +75,7 @@ def test_a_small_set_takes_smaller_batches_and_more_epochs():
     [
         (["--batch-size", "101"], 1, "--batch-size is 101; expected at most 100"),
         (["--cutout", "33"], 1, "--cutout is 33; expected at most 32 pixels"),
+        (["--turned-epochs", "1"], 1, "--turned-epochs needs --loss one-vs-rest"),
         (["--batch-size", "51"], 2, "--batch-size is 51; expected a multiple of 2"),
     ],
 )

@@ -55,6 +55,7 @@ from training import (
     halving,
     one_cycle,
     one_vs_rest,
+    two_cycles,
     with_turned,
 )
 
@@ -81,7 +82,6 @@ RECIPES = {
 SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
 # A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps.
 MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS = 16, 10, 300
-TURNED_RATE = 0.5  # peak of the second cycle, as a share of the first one's
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign, a turned 8 an 8
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
@@ -118,8 +118,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cutout", type=int, metavar="PIXELS",
         help="side of a grey square at a random place of each training image; 0 for none")
     add("--turned-epochs", type=int, metavar="N",
-        help="epochs that follow, in which copies turned by quarters are taught as none of the "
-        "classes; 0 for none, and for pictures without an up and down; one-vs-rest only")
+        help="epochs that follow, at half the rate, in which a quarter of the images come again, "
+        "turned by quarters, as none of the classes; needs one-vs-rest; 0 for none, and for "
+        "pictures that have no up and down")
     add("--reconstruction-weight", type=float, default=1.0, metavar="W",
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
     add("--seed", type=int, default=0, metavar="N",
@@ -177,7 +178,7 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
 
     Raises:
         ValueError: a batch has more than all images, or the processes cannot share it; the square
-            of cutout is larger than the images.
+            of cutout is larger than the images; softmax is to learn from turned copies.
     """
     recipe = RECIPES[args.arch]
     processes = world_size()
@@ -195,11 +196,13 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
         steps = count // args.batch_size
         args.epochs = max(recipe.epochs, math.ceil(MIN_STEPS / steps))
     args.optimizer, args.augmentation = recipe.optimizer, recipe.augmentation
-    if args.dataset in NOT_MIRRORED or args.loss == "softmax":
-        recipe = recipe._replace(turned_epochs=0)
-    for name in ("lr", "loss", "cutout", "turned_epochs"):
+    for name in ("lr", "loss", "cutout"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
+    if args.turned_epochs is None:
+        share = recipe.turned_epochs / recipe.epochs
+        can_turn = args.loss == "one-vs-rest" and args.dataset not in NOT_MIRRORED
+        args.turned_epochs = round(args.epochs * share) if can_turn else 0
     if args.turned_epochs and args.loss == "softmax":
         raise ValueError("--turned-epochs needs --loss one-vs-rest; softmax must name a class")
     if args.cutout > image_size:
@@ -328,8 +331,6 @@ def train(
     replica = replicated(network)
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs + args.turned_epochs):
-        turned = epoch >= args.epochs
-        first, epochs = (args.epochs, args.turned_epochs) if turned else (0, args.epochs)
         start, history = time.perf_counter(), []
         network.train()
         drawn = batches(
@@ -337,9 +338,9 @@ def train(
             args.cutout, args.seed, epoch,
         )  # fmt: skip
         bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
-        for step, (batch, target) in enumerate(bar, (epoch - first) * steps):
-            rate = schedule(step, epochs * steps) * (TURNED_RATE if turned else 1)
-            if turned:
+        for step, (batch, target) in enumerate(bar, epoch * steps):
+            rate = two_cycles(schedule, step, args.epochs * steps, args.turned_epochs * steps)
+            if epoch >= args.epochs:
                 batch, target = with_turned(batch, target)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -141,7 +141,7 @@ def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
 
     Softmax ignores a constant added to all logits. This loss fixes each logit's absolute value,
     which distances need. An unknown image is each class with a probability of 1/2: the loss takes
-    its logits to 0, as the objectosphere loss does (Dhamija et al. 2018, arXiv 1811.04110).
+    its logits to 0 (after the entropic open-set loss, Dhamija et al. 2018, arXiv 1811.04110).
 
     Args:
         logits: [N, K].
@@ -227,6 +227,12 @@ def one_cycle(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: a linear rise over the warm-up, then a linear fall to 0."""
     warmup = WARMUP_SHARE * total_steps
     return min((step + 1) / warmup, (total_steps - step) / (total_steps - warmup))
+
+
+def two_cycles(cycle: Callable[[int, int], float], step: int, first: int, second: int) -> float:
+    """Share of the peak rate at a step: a cycle of `first` steps, then one of `second` steps that
+    is half as high."""
+    return cycle(step, first) if step < first else cycle(step - first, second) / 2
 
 
 def gflop_per_image(network: DHRNet) -> float:

@@ -61,9 +61,15 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert {"python", "torch", "libmr"} <= checkpoint["versions"].keys()
 
 
+def test_no_digit_is_turned_and_softmax_learns_no_unknown_images():
+    assert completed("--arch", "deep").turned_epochs == 14
+    assert completed("--arch", "deep", "--dataset", "digits").turned_epochs == 0
+    assert completed("--arch", "deep", "--loss", "softmax").turned_epochs == 0
+
+
 def test_a_small_set_takes_smaller_batches_and_more_epochs():
     args = completed("--arch", "deep", count=90)
-    assert (args.batch_size, args.epochs) == (16, 60)  # 300 steps
+    assert (args.batch_size, args.epochs, args.turned_epochs) == (16, 60, 19)  # 300 steps and 95
     args = completed("--arch", "deep", count=4000)
     assert (args.batch_size, args.epochs) == (400, 44)  # 10 steps in an epoch
     args = completed("--epochs", "2", "--batch-size", "50", count=90)

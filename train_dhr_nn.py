@@ -47,42 +47,31 @@ from open_set_data import (
     fingerprint,
     load_known,
 )
-from openmax import UNKNOWN
-from training import (
-    batches,
-    build_optimizers,
-    gflop_per_image,
-    halving,
-    one_cycle,
-    one_vs_rest,
-    two_cycles,
-    with_turned,
-)
+from training import batches, build_optimizers, gflop_per_image, halving, one_cycle, one_vs_rest
 
 
 class Recipe(NamedTuple):
-    """Settings that `--arch` carries; a flag of the same name overrides one of the first six."""
+    """Settings that `--arch` carries; a flag of the same name overrides one of the first five."""
 
     epochs: int
     batch_size: int
     lr: float
     loss: str
     cutout: int
-    turned_epochs: int = 0
     optimizer: str = "muon"
     augmentation: str = "shift"
 
 
 RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
-    "deep": Recipe(44, 1000, 0.2, "one-vs-rest", 12, turned_epochs=14),
+    "deep": Recipe(epochs=44, batch_size=1000, lr=0.2, loss="one-vs-rest", cutout=12),
     "vgg": Recipe(36, 128, 0.05, "softmax", 0, optimizer="sgd", augmentation="rotate"),
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
 SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
 # A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps.
 MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS = 16, 10, 300
-NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign, a turned 8 an 8
+NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
@@ -108,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--arch", choices=RECIPES,
         help="network and recipe: fast; deep, the shipped network's; vgg, the published network; "
         "tuned, which goes on from the shipped network's weights (default: tuned for a folder, "
-        "otherwise fast). The recipe sets the six flags below, each of which overrides it")
+        "otherwise fast). The recipe sets the five flags below, each of which overrides it")
     add("--epochs", type=int, metavar="N", help="passes over the training images, 1 or more")
     add("--batch-size", type=int, metavar="N", help="images per step, 2 or more")
     add("--lr", type=float, metavar="RATE",
@@ -117,10 +106,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="cross-entropy of the softmax, as published, or of every logit's sigmoid")
     add("--cutout", type=int, metavar="PIXELS",
         help="side of a grey square at a random place of each training image; 0 for none")
-    add("--turned-epochs", type=int, metavar="N",
-        help="epochs that follow, at half the rate, in which a quarter of the images come again, "
-        "turned by quarters, as none of the classes; needs one-vs-rest; 0 for none, and for "
-        "pictures that have no up and down")
     add("--reconstruction-weight", type=float, default=1.0, metavar="W",
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
     add("--seed", type=int, default=0, metavar="N",
@@ -137,8 +122,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.arch = args.arch or ("tuned" if args.dataset.startswith("folder:") else "fast")
     limits = {
         "image_size": (16, 1025), "epochs": (1, 2**32), "batch_size": (2, 2**32),
-        "lr": (1e-9, 2**32), "cutout": (0, 2**32), "turned_epochs": (0, 2**32),
-        "reconstruction_weight": (0, 2**32), "seed": (0, 2**32),
+        "lr": (1e-9, 2**32), "cutout": (0, 2**32), "reconstruction_weight": (0, 2**32),
+        "seed": (0, 2**32),
     }  # fmt: skip
     for name, (lowest, beyond) in limits.items():
         value = getattr(args, name)
@@ -178,7 +163,7 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
 
     Raises:
         ValueError: a batch has more than all images, or the processes cannot share it; the square
-            of cutout is larger than the images; softmax is to learn from turned copies.
+            of cutout is larger than the images.
     """
     recipe = RECIPES[args.arch]
     processes = world_size()
@@ -199,12 +184,6 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
     for name in ("lr", "loss", "cutout"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
-    if args.turned_epochs is None:
-        share = recipe.turned_epochs / recipe.epochs
-        can_turn = args.loss == "one-vs-rest" and args.dataset not in NOT_MIRRORED
-        args.turned_epochs = round(args.epochs * share) if can_turn else 0
-    if args.turned_epochs and args.loss == "softmax":
-        raise ValueError("--turned-epochs needs --loss one-vs-rest; softmax must name a class")
     if args.cutout > image_size:
         raise ValueError(f"--cutout is {args.cutout}; expected at most {image_size} pixels")
 
@@ -330,7 +309,7 @@ def train(
     schedule = halving if args.optimizer == "sgd" else one_cycle
     replica = replicated(network)
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
-    for epoch in range(saved["epoch"], args.epochs + args.turned_epochs):
+    for epoch in range(saved["epoch"], args.epochs):
         start, history = time.perf_counter(), []
         network.train()
         drawn = batches(
@@ -339,9 +318,7 @@ def train(
         )  # fmt: skip
         bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
         for step, (batch, target) in enumerate(bar, epoch * steps):
-            rate = two_cycles(schedule, step, args.epochs * steps, args.turned_epochs * steps)
-            if epoch >= args.epochs:
-                batch, target = with_turned(batch, target)
+            rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
             with autocast(device):
@@ -352,7 +329,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            right = (logits.argmax(dim=1) == target).sum() / (target != UNKNOWN).sum()
+            right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
             if args.dry_run:
                 return saved
@@ -413,11 +390,9 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         for optimizer, state in zip(optimizers, saved.pop("optimizer_states"), strict=True):
             optimizer.load_state_dict(state)
     parameters, steps = sum(p.numel() for p in network.parameters()), count // args.batch_size
-    epochs = args.epochs + args.turned_epochs
-    shown = args.epochs + 1.25 * args.turned_epochs  # times that the network sees each image
-    pflop = gflop_per_image(network) * steps * args.batch_size * shown / 1e6
+    pflop = gflop_per_image(network) * steps * args.batch_size * args.epochs / 1e6
     print(
-        f"{args.arch} network, {parameters:,} parameters; {epochs} epochs of {steps} steps of "
+        f"{args.arch} network, {parameters:,} parameters; {args.epochs} epochs of {steps} steps of "
         f"{args.batch_size} images, {pflop:.3g} PFLOP; {device}, {number_format(device)}"
     )
     keep_freed_memory()

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import rank, world_size
 from models import DHRNet
-from openmax import UNKNOWN
 
 SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
 ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
@@ -129,27 +128,18 @@ def batches(
         yield batch[mine], labels[index][mine]
 
 
-def with_turned(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch [N, C, H, W] with its labels, and N / 4 copies turned by quarters as `UNKNOWN`."""
-    turned = [images[quarters::12].rot90(quarters, (2, 3)) for quarters in (1, 2, 3)]
-    images = torch.cat([images, *turned]).contiguous(memory_format=torch.channels_last)
-    return images, F.pad(labels, (0, len(images) - len(labels)), value=UNKNOWN)
-
-
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over images of the summed cross-entropies of K sigmoids, each "this class or not".
 
     Softmax ignores a constant added to all logits. This loss fixes each logit's absolute value,
-    which distances need. An unknown image is each class with a probability of 1/2: the loss takes
-    its logits to 0 (after the entropic open-set loss, Dhamija et al. 2018, arXiv 1811.04110).
+    which distances need.
 
     Args:
         logits: [N, K].
-        labels: [N] int64, 0..K-1 or `UNKNOWN`.
+        labels: [N] int64; any number beyond 0..K-1 is none of the classes.
     """
     classes = torch.arange(logits.shape[1], device=labels.device)
     targets = (labels[:, None] == classes).float()
-    targets[labels == UNKNOWN] = 0.5
     entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return entropies.sum(dim=1).mean()
 
@@ -227,12 +217,6 @@ def one_cycle(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: a linear rise over the warm-up, then a linear fall to 0."""
     warmup = WARMUP_SHARE * total_steps
     return min((step + 1) / warmup, (total_steps - step) / (total_steps - warmup))
-
-
-def two_cycles(cycle: Callable[[int, int], float], step: int, first: int, second: int) -> float:
-    """Share of the peak rate at a step: a cycle of `first` steps, then one of `second` steps that
-    is half as high."""
-    return cycle(step, first) if step < first else cycle(step - first, second) / 2
 
 
 def gflop_per_image(network: DHRNet) -> float:

@@ -41,32 +41,21 @@ from zoo import (
 import models
 from activations import autocast, keep_freed_memory, prepare_device
 from command_line import make_parser
-from methods import OpenMaxSettings, build_methods
+from methods import DHROpenMax, OpenMaxSettings, build_methods
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
 from openmax import UNKNOWN
-from training import (
-    batches,
-    build_optimizers,
-    gflop_per_image,
-    one_cycle,
-    one_vs_rest,
-    rotate,
-    two_cycles,
-)
+from training import batches, build_optimizers, gflop_per_image, one_cycle, one_vs_rest, rotate
 
 EPOCHS, BATCH_SIZE, RATE = 20, 500, 0.2
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
-NO_CLASS = 99  # as a label of one_vs_rest: every class is wrong, where UNKNOWN is a half of each
 
 
 class Base:
     """the recipe of `deep`"""
 
     cutout = 12
-    cost = 1.0  # images seen per training image and epoch
-    turned_epochs = 0  # of a second cycle
-    epoch = 0
+    cost = 1.0  # images seen per training image
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -178,11 +167,10 @@ class Shuffled(Base):
 
     share = 4
     cost = 1.25
-    label = NO_CLASS
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         some = images[:: self.share]
-        none = torch.full_like(labels[:: self.share], self.label)
+        none = torch.full_like(labels[:: self.share], UNKNOWN)
         changed = self.change(some).contiguous(memory_format=torch.channels_last)
         return torch.cat([images, changed]), torch.cat([labels, none])
 
@@ -203,19 +191,13 @@ class Turned(Shuffled):
 
 
 class TurnedHalf(Turned):
-    """the same, where a turned image is each class with a probability of 1/2"""
+    """the same, told to be each class with a probability of 1/2 (entropic open-set loss)"""
 
-    label = UNKNOWN
-
-
-class ThenTurned(TurnedHalf):
-    """such copies only in a second cycle, eight more epochs at half the rate"""
-
-    cost = 1.5
-    turned_epochs = 8
-
-    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return super().views(images, labels) if self.epoch >= EPOCHS else (images, labels)
+    def classify(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).float()
+        targets[labels == UNKNOWN] = 0.5
+        entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+        return entropies.sum(dim=1).mean()
 
 
 class TurnedOrShuffled(Turned):
@@ -390,7 +372,7 @@ class OneNoise(OneFractal):
 VARIANTS = {
     "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
-    "turned-half": TurnedHalf, "then-turned": ThenTurned, "turned-or-shuffled": TurnedOrShuffled,
+    "turned-half": TurnedHalf, "turned-or-shuffled": TurnedOrShuffled,
     "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
     "no-cutout": NoCutout,
 }  # fmt: skip
@@ -430,16 +412,12 @@ def train(
     optimizers = recipe.optimizers()
     per_epoch = len(images) // BATCH_SIZE
     network.train()
-    epochs = EPOCHS + recipe.turned_epochs
-    bar = tqdm(total=epochs * per_epoch, desc=variant.__name__, leave=False)
-    for recipe.epoch in range(epochs):
-        drawn = batches(
-            images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed, recipe.epoch
-        )
-        for step, (batch, label) in enumerate(drawn, recipe.epoch * per_epoch):
-            rate = two_cycles(one_cycle, step, EPOCHS * per_epoch, recipe.turned_epochs * per_epoch)
+    bar = tqdm(total=EPOCHS * per_epoch, desc=variant.__name__, leave=False)
+    for epoch in range(EPOCHS):
+        drawn = batches(images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed, epoch)
+        for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
             for group in (group for each in optimizers for group in each.param_groups):
-                group["lr"] = rate * group["peak_lr"]
+                group["lr"] = one_cycle(step, EPOCHS * per_epoch) * group["peak_lr"]
             shown = recipe.views(batch, label)
             with autocast(device):
                 loss = recipe.loss(*shown)
@@ -447,7 +425,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            recipe.after(step, epochs * per_epoch)
+            recipe.after(step, EPOCHS * per_epoch)
             bar.update()
     bar.close()
     if not loss.isfinite():
@@ -483,22 +461,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(args.variants, args.seeds, args.folder)
 
 
+class Spread(DHROpenMax):
+    """The rule with another evidence, -||y - mean of y||: something unknown excites all classes
+    alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
+    there."""
+
+    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+        _, distances = super().tests(logits, latents_max).T
+        spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
+        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
+
+
 def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
     """One row per change: its cost, and figures in %, means over the seeds."""
     costs = json.loads((folder / "costs.json").read_text())
+    rules = ("dhr_openmax", "spread")
+    titles = ["dhr_openmax", "with the spread of y as evidence"]
     columns = "".join(f"{column:>9}" for column in (*UNKNOWN_KINDS, "mean"))
-    print(f"{'dhr_openmax, in %':19}{'PFLOP':>9}{'accuracy':>10}{columns}  best published method")
+    print(f"{'AUROC in %':38}" + "".join(f"{title:>37}" for title in titles))
+    print(f"{'':19}{'PFLOP':>9}{'accuracy':>10} {columns} {columns}  best published method")
     for name in variants:
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
         tests = [sets["test_known"] for sets in networks.values()]
         accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
-        figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
+        figures = compare(
+            networks, lambda _: {**build_methods(OpenMaxSettings()), "spread": Spread()}
+        )
         of = {method: mean["auroc"] for method, mean in means(figures).items()}
-        areas = [figures[f"{name}, {kind}"]["dhr_openmax"]["auroc"] for kind in UNKNOWN_KINDS]
-        row = "".join(f"{100 * area:9.2f}" for area in (*areas, of.pop("dhr_openmax")))
-        best = max(of, key=of.__getitem__)
-        row = f"{costs[name]:9.3f}{100 * accuracy:10.2f}{row}  {best:10}{100 * of[best]:6.2f}"
-        print(f"{name:19}{row}  {VARIANTS[name].__doc__}")
+        row = f"{costs[name]:9.3f}{100 * accuracy:10.2f}"
+        for rule in rules:
+            areas = [figures[f"{name}, {kind}"][rule]["auroc"] for kind in UNKNOWN_KINDS]
+            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[rule]))
+        best = max(of.keys() - {*rules}, key=of.__getitem__)
+        print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {VARIANTS[name].__doc__}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recipe import NO_CLASS, VARIANTS, Fractals, Lookahead, coloured_noise, fractals, train
+from recipe import VARIANTS, Fractals, Lookahead, Spread, coloured_noise, fractals, train
 
 from open_set_data import ImageSet
 from openmax import UNKNOWN
@@ -27,10 +27,18 @@ def test_changed_copies_are_none_of_the_classes_and_keep_their_pixels(name, imag
     recipe = VARIANTS[name](2, CPU, seed=0)
     shown, labels = recipe.views(images, torch.arange(8) % 2)
     assert torch.equal(shown[:8], images)
-    assert labels[8:].tolist() == 2 * [UNKNOWN if name == "turned-half" else NO_CLASS]
+    assert labels[8:].tolist() == [UNKNOWN, UNKNOWN]
     for copy, original in zip(shown[8:], images[::4], strict=True):
         assert not torch.equal(copy, original)
         assert torch.equal(copy.flatten().sort().values, original.flatten().sort().values)
+
+
+def test_a_half_turned_copy_costs_least_with_all_logits_at_zero():
+    recipe, label = VARIANTS["turned-half"](3, CPU, seed=0), torch.tensor([UNKNOWN])
+    logits = torch.zeros(1, 3, requires_grad=True)
+    recipe.classify(logits, label).backward()
+    assert logits.grad.tolist() == [[0, 0, 0]]
+    assert recipe.classify(torch.tensor([[5.0, -5, -5]]), torch.tensor([0])) < 0.03
 
 
 @pytest.mark.parametrize("name", ["fractals", "one-fractal", "one-noise"])
@@ -72,6 +80,14 @@ def test_lookahead_draws_every_fifth_step_back_and_ends_at_its_slow_weights():
         seen.append(weight[0, 0].item())
     slow = 4 * (1 - 0.95**5 * (4 / 7) ** 3)  # it had been 0
     assert seen == pytest.approx([0, 1, 2, 3, slow, 5, slow])
+
+
+def test_spread_ignores_what_all_logits_share():
+    rule = Spread()
+    rule.means, rule.whitening = torch.zeros(3, 5), torch.eye(5, dtype=torch.float64)
+    logits, latents = torch.tensor([[1.0, 2, 3]]), torch.zeros(1, 2)
+    evidence = [rule.tests(logits + shift, latents)[0, 0].item() for shift in (0, -100)]
+    assert evidence == pytest.approx([-(2**0.5), -(2**0.5)])
 
 
 @pytest.mark.slow

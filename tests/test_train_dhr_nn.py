@@ -51,7 +51,7 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert checkpoint["train_args"] == {
         "dataset": "digits", "known_classes": "0,1", "image_size": None, "arch": "fast",
         "epochs": 2, "batch_size": 120, "lr": 0.1, "loss": "softmax", "cutout": 0,
-        "turned_epochs": 0, "optimizer": "muon", "augmentation": "shift",
+        "optimizer": "muon", "augmentation": "shift",
         "reconstruction_weight": 1.0, "seed": 0,
     }  # fmt: skip
     assert checkpoint["known_classes"] == ["0", "1"]
@@ -61,15 +61,9 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert {"python", "torch", "libmr"} <= checkpoint["versions"].keys()
 
 
-def test_no_digit_is_turned_and_softmax_learns_no_unknown_images():
-    assert completed("--arch", "deep").turned_epochs == 14
-    assert completed("--arch", "deep", "--dataset", "digits").turned_epochs == 0
-    assert completed("--arch", "deep", "--loss", "softmax").turned_epochs == 0
-
-
 def test_a_small_set_takes_smaller_batches_and_more_epochs():
     args = completed("--arch", "deep", count=90)
-    assert (args.batch_size, args.epochs, args.turned_epochs) == (16, 60, 19)  # 300 steps and 95
+    assert (args.batch_size, args.epochs) == (16, 60)  # 300 steps
     args = completed("--arch", "deep", count=4000)
     assert (args.batch_size, args.epochs) == (400, 44)  # 10 steps in an epoch
     args = completed("--epochs", "2", "--batch-size", "50", count=90)
@@ -81,7 +75,6 @@ def test_a_small_set_takes_smaller_batches_and_more_epochs():
     [
         (["--batch-size", "101"], 1, "--batch-size is 101; expected at most 100"),
         (["--cutout", "33"], 1, "--cutout is 33; expected at most 32 pixels"),
-        (["--turned-epochs", "1"], 1, "--turned-epochs needs --loss one-vs-rest"),
         (["--batch-size", "51"], 2, "--batch-size is 51; expected a multiple of 2"),
     ],
 )

@@ -166,13 +166,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Move the singular values of [m, n] to about 1 by three quintic Newton-Schulz iterations."""
+    """Move the singular values of [m, n] to about 1 by three quintic Newton-Schulz iterations.
+
+    Each multiplies x from the left by a polynomial in x x^T. The polynomials are multiplied first,
+    as matrices of the shorter side, and x once: half the time, the same result.
+    """
     x = matrix / (matrix.norm() + 1e-7)
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
+    gram = x @ x.T
+    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x.T if tall else x
 
 

@@ -69,8 +69,9 @@ RECIPES = {
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
 SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
-# A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps.
-MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS = 16, 10, 300
+# A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps,
+# or 100 where the encoder is trained already.
+MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS, MIN_TUNING_STEPS = 16, 10, 300, 100
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
 STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
@@ -178,8 +179,8 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
             "of processes, with at least two images each"
         )
     if args.epochs is None:
-        steps = count // args.batch_size
-        args.epochs = max(recipe.epochs, math.ceil(MIN_STEPS / steps))
+        steps = MIN_TUNING_STEPS if args.arch == "tuned" else MIN_STEPS
+        args.epochs = max(recipe.epochs, math.ceil(steps / (count // args.batch_size)))
     args.optimizer, args.augmentation = recipe.optimizer, recipe.augmentation
     for name in ("lr", "loss", "cutout"):
         if getattr(args, name) is None:

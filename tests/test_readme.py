@@ -187,9 +187,9 @@ def test_steps_and_pixels_of_tuned_are_weighed_as_recorded():
     for steps, pixels, kinds, number, *figures in map(str.split, rows):
         runs.setdefault((steps, pixels), {})[kinds, number] = np.array(figures, float)
 
-    def gained(one, other):
+    def gained(one, other, kinds=("4", "8", "12")):
         """Points of validation accuracy, accuracy, AUROC and OSCR, on the sets that both have."""
-        both = sorted(runs[one].keys() & runs[other].keys())
+        both = sorted(each for each in runs[one].keys() & runs[other].keys() if each[0] in kinds)
         _, val, test, *_, auroc, _, oscr = np.mean(
             [runs[one][each] - runs[other][each] for each in both], axis=0
         )
@@ -197,6 +197,7 @@ def test_steps_and_pixels_of_tuned_are_weighed_as_recorded():
 
     assert gained(("100", "32"), ("300", "32")) == [4, -1, -1, 4, 1]
     assert gained(("100", "32"), ("50", "32"))[:2] == [5, 3]
+    assert gained(("300", "32"), ("100", "32"), ["20"]) == [1, 4, 4, 1, 1]
     assert gained(("100", "48"), ("100", "32")) == [3, 5, 3, -2, -1]
 
 

@@ -194,10 +194,8 @@ class TurnedHalf(Turned):
     """the same, told to be each class with a probability of 1/2 (entropic open-set loss)"""
 
     def classify(self, logits: Tensor, labels: Tensor) -> Tensor:
-        targets = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).float()
-        targets[labels == UNKNOWN] = 0.5
-        entropies = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-        return entropies.sum(dim=1).mean()
+        halves = logits[labels == UNKNOWN].float().sum() / 2  # BCE(y, t) = BCE(y, 0) - t y
+        return one_vs_rest(logits, labels) - halves / len(labels)
 
 
 class TurnedOrShuffled(Turned):

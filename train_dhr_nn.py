@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
 from command_line import make_parser, run
 from distributed import average, first_process_first, rank, replicated, world_size
+from fractals import fractals
 from methods import DHROpenMax
 from models import (
     NETWORK_KEYS,
@@ -47,7 +50,15 @@ from open_set_data import (
     fingerprint,
     load_known,
 )
-from training import batches, build_optimizers, gflop_per_image, halving, one_cycle, one_vs_rest
+from training import (
+    AVERAGED,
+    FIRST_CYCLE,
+    SCHEDULES,
+    batches,
+    build_optimizers,
+    gflop_per_image,
+    one_vs_rest,
+)
 
 
 class Recipe(NamedTuple):
@@ -60,12 +71,13 @@ class Recipe(NamedTuple):
     cutout: int
     optimizer: str = "muon"
     augmentation: str = "shift"
+    schedule: str = "one-cycle"
 
 
 RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
-    "deep": Recipe(epochs=44, batch_size=1000, lr=0.2, loss="one-vs-rest", cutout=12),
-    "vgg": Recipe(36, 128, 0.05, "softmax", 0, optimizer="sgd", augmentation="rotate"),
+    "deep": Recipe(60, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles"),
+    "vgg": Recipe(36, 128, 0.05, "softmax", 0, "sgd", "rotate", "halving"),
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
 SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
@@ -181,9 +193,8 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
     if args.epochs is None:
         steps = MIN_TUNING_STEPS if args.arch == "tuned" else MIN_STEPS
         args.epochs = max(recipe.epochs, math.ceil(steps / (count // args.batch_size)))
-    args.optimizer, args.augmentation = recipe.optimizer, recipe.augmentation
-    for name in ("lr", "loss", "cutout"):
-        if getattr(args, name) is None:
+    for name in Recipe._fields[2:]:
+        if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
     if args.cutout > image_size:
         raise ValueError(f"--cutout is {args.cutout}; expected at most {image_size} pixels")
@@ -307,17 +318,25 @@ def train(
     labels = torch.from_numpy(data.train.labels).to(device)
     steps = len(images) // args.batch_size
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
-    schedule = halving if args.optimizer == "sgd" else one_cycle
-    replica = replicated(network)
+    schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
+    pictures = torch.from_numpy(fractals(*images.shape[2:])).to(device) if two_cycles else None
+
+    def draw(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        second_cycle = two_cycles and epoch >= round(FIRST_CYCLE * args.epochs)
+        return batches(
+            images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
+            args.cutout, args.seed, epoch, pictures if second_cycle else None,
+        )  # fmt: skip
+
+    replica, averaged = replicated(network), AveragedModel(network)
+    if "averaged" in saved:
+        averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs):
         start, history = time.perf_counter(), []
         network.train()
-        drawn = batches(
-            images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
-            args.cutout, args.seed, epoch,
-        )  # fmt: skip
-        bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
+        title = f"epoch {epoch + 1}"
+        bar = tqdm(draw(epoch), title, steps, unit="step", leave=False, disable=rank() > 0)
         for step, (batch, target) in enumerate(bar, epoch * steps):
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
@@ -330,10 +349,16 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if two_cycles and step >= (1 - AVERAGED) * args.epochs * steps:
+                averaged.update_parameters(network)
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
             if args.dry_run:
                 return saved
+        if two_cycles and epoch + 1 == args.epochs:
+            with autocast(device):
+                update_bn(draw(epoch + 1), averaged)
+            network.load_state_dict(averaged.module.state_dict())
         seconds = time.perf_counter() - start
         losses = average(torch.stack(history).double().cpu())
         if bad_step := broken_step(losses, network):
@@ -349,7 +374,8 @@ def train(
         print_epoch(saved["course"][-1], steps * args.batch_size / seconds)
         saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
         states = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(partial, network, **saved, optimizer_states=states)
+        mean = {"averaged": averaged.state_dict()} if two_cycles else {}
+        save_checkpoint(partial, network, **saved, **mean, optimizer_states=states)
     return saved
 
 

@@ -18,7 +18,9 @@ SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's si
 ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
 GREY = 120  # of what cutout cuts out, about the mean of photographs
 SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
-WARMUP_SHARE = 0.1  # of the steps, before the rate falls linearly to 0
+WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
+FIRST_CYCLE, AVERAGED = 11 / 15, 2 / 15  # shares of all steps: before a second cycle; its last half
+PLATEAU = 0.4  # share of the second cycle's peak
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
@@ -32,9 +34,10 @@ def augment(
     augmentation: str,
     cutout: int,
     generator: torch.Generator,
+    pictures: Tensor | None = None,
 ) -> Tensor:
-    """Take a batch of images, move and mirror them, and cut a square out of each (DeVries and
-    Taylor 2017, arXiv 1708.04552).
+    """Take a batch of images, move and mirror them, cut a square out of each (DeVries and Taylor
+    2017, arXiv 1708.04552), and mix pictures into half of them.
 
     Args:
         images: [N, H, W, C] uint8.
@@ -43,6 +46,7 @@ def augment(
         augmentation: "shift" or "rotate", see `shift` and `rotate`.
         cutout: side of the square in pixels, at most H; 0 for none.
         generator: source of all that is random, on the images' device.
+        pictures: to mix into half of the images, see `mix`; None for none.
 
     Returns:
         [B, C, H, W] uint8 in channels-last memory order.
@@ -55,7 +59,8 @@ def augment(
         corner = torch.randint(size - cutout + 1, shape, generator=generator, device=device)
         cut_rows, cut_columns = (pixels >= corner) & (pixels < corner + cutout)
         batch[cut_rows[:, :, None] & cut_columns[:, None, :]] = GREY
-    return batch.permute(0, 3, 1, 2)
+    batch = batch.permute(0, 3, 1, 2)
+    return batch if pictures is None else mix(batch, pictures, generator)
 
 
 def shift(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,6 +97,30 @@ def rotate(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Gen
     return moved.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def mix(images: Tensor, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Add a random picture to half of the images, or multiply them by it.
+
+    One round of PixMix (Hendrycks et al. 2022, arXiv 2112.05135) with its weights, of Beta(3, 1)
+    and Beta(1, 3). There each image goes through up to four, and is also mixed with itself.
+
+    Args:
+        images: [B, C, H, W] uint8.
+        pictures: [P, H, W, C] uint8.
+        generator: source of all that is random, on the images' device.
+    """
+    count, device = len(images), images.device
+    chosen, added, against = torch.rand(3, count, 1, 1, 1, generator=generator, device=device) < 0.5
+    much, *roots = torch.rand(3, count, 1, 1, 1, generator=generator, device=device) ** (1 / 3)
+    little, more = (1 - root for root in roots)  # Beta(1, 3), where `much` is Beta(3, 1)
+    a, b = torch.where(against, 1 + more, much), torch.where(against, -little, little)
+    drawn = torch.randint(len(pictures), (count,), generator=generator, device=device)
+    x, y = (2 * each.float() / 255 for each in (images, pictures[drawn].permute(0, 3, 1, 2)))
+    total = (a * (x - 1) + b * (y - 1) + 1) / 2
+    product = x.clamp_min(1e-6) ** a * y.clamp_min(1e-6) ** b / 2
+    mixed = (255 * torch.where(added, total, product).clamp(0, 1)).round().to(torch.uint8)
+    return torch.where(chosen, mixed, images).contiguous(memory_format=torch.channels_last)
+
+
 def batches(
     images: Tensor,
     labels: Tensor,
@@ -101,6 +130,7 @@ def batches(
     cutout: int,
     seed: int,
     epoch: int,
+    pictures: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each batch of an epoch, augmented, with its labels.
 
@@ -112,7 +142,7 @@ def batches(
         labels: [N] int64.
         batch_size: of all processes together; what does not fill a batch is left out.
         mirrored: False mirrors no image.
-        augmentation, cutout: as for `augment`.
+        augmentation, cutout, pictures: as for `augment`.
         seed: of the run.
         epoch: from 0.
     """
@@ -124,7 +154,7 @@ def batches(
     mirror = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
     mirror = (mirror.to(images.device) ^ (epoch % 2 == 1)) & mirrored
     for index in order[: count // batch_size * batch_size].split(batch_size):
-        batch = augment(images, index, mirror[index], augmentation, cutout, generator)
+        batch = augment(images, index, mirror[index], augmentation, cutout, generator, pictures)
         yield batch[mine], labels[index][mine]
 
 
@@ -224,6 +254,18 @@ def one_cycle(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: a linear rise over the warm-up, then a linear fall to 0."""
     warmup = WARMUP_SHARE * total_steps
     return min((step + 1) / warmup, (total_steps - step) / (total_steps - warmup))
+
+
+def two_cycles(step: int, total_steps: int) -> float:
+    """Share of the peak rate at a step: one cycle, then half as high another one that stays at
+    `PLATEAU`, where weights are averaged."""
+    first = round(FIRST_CYCLE * total_steps)
+    if step < first:
+        return one_cycle(step, first)
+    return max(one_cycle(step - first, (total_steps - first) * 2 // 3), PLATEAU) / 2
+
+
+SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}
 
 
 def gflop_per_image(network: DHRNet) -> float:

@@ -4,6 +4,8 @@ A fractal is where points end up that go through one random contracting map of t
 another, each map with a colour of its own (an iterated function system).
 """
 
+from functools import cache
+
 import numpy as np
 from tqdm import tqdm
 
@@ -11,10 +13,12 @@ PIXELS, MOST = 2**21, 2000  # of all pictures together; pictures
 POINTS, FIRST_TURNS, TURNS = 1000, 10, 30  # of a picture; not drawn, and drawn
 
 
-def fractals(size: int, channels: int, seed: int = 0) -> np.ndarray:
-    """Pictures [P, size, size, channels] uint8: 2,000, or fewer of more than 32 x 32 pixels."""
-    rng, count = np.random.default_rng(seed), min(MOST, max(1, PIXELS // size**2))
-    bar = tqdm(range(count), "fractals", unit="img", leave=False)
+@cache
+def fractals(size: int, channels: int) -> np.ndarray:
+    """Pictures [P, size, size, channels] uint8, the same in every call: 2,000, or fewer of more
+    than 32x32 pixels."""
+    rng, count = np.random.default_rng(0), min(MOST, PIXELS // size**2)
+    bar = tqdm(range(count), "fractals", unit="img", leave=False, disable=None)
     return np.stack([fractal(size, channels, rng) for _ in bar])
 
 
@@ -34,11 +38,11 @@ def fractal(size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
         points = np.einsum("nij,nj->ni", turn[chosen], points) + shift[chosen]
         colours = (colours + colour[chosen]) / 2
         drawn.append(np.hstack([points, colours]))
-    row, column, *colours = np.concatenate(drawn[FIRST_TURNS:]).T
+    row, column, *shades = np.concatenate(drawn[FIRST_TURNS:]).T
     borders = (np.percentile(along, (1, 99)) for along in (row, column))
     edges = [np.linspace(low, high + 1e-6, size + 1) for low, high in borders]
     hits = np.histogram2d(row, column, edges)[0]
-    sums = [np.histogram2d(row, column, edges, weights=values)[0] for values in colours]
+    sums = [np.histogram2d(row, column, edges, weights=values)[0] for values in shades]
     means = np.stack(sums, axis=-1) / np.maximum(hits, 1)[..., None]
     density = (np.log1p(hits) / np.log1p(hits.max()))[..., None] ** 0.5
     return (255 * (density * means + (1 - density) * rng.uniform(0, 1, channels))).astype(np.uint8)

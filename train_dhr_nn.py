@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,19 +201,19 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
         raise ValueError(f"--cutout is {args.cutout}; expected at most {image_size} pixels")
 
 
-def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
+def load_unfinished(unfinished: Path, args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
     """The network and the checkpoint of an unfinished run, whose settings replace those in `args`.
 
     Raises:
         ValueError: there is no unfinished run, or another version of this script wrote it.
     """
-    if not partial.exists():
-        raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
-    network, saved = load_checkpoint(partial)
+    if not unfinished.exists():
+        raise ValueError(f"{unfinished} does not exist: nothing to resume, leave --resume out")
+    network, saved = load_checkpoint(unfinished)
     if "optimizer_states" not in saved:
-        raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
+        raise ValueError(f"{unfinished} is a finished network: nothing to resume, rename it")
     if tuple(saved["train_args"]) != STORED_ARGS:
-        raise ValueError(f"{partial} was written by another version: remove it and start again")
+        raise ValueError(f"{unfinished} was written by another version: remove it and start again")
     vars(args).update(saved["train_args"])
     return network, {key: saved[key] for key in saved.keys() - NETWORK_KEYS}
 
@@ -304,14 +305,23 @@ def next_steps(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def batches_of(
+    args: argparse.Namespace, network: DHRNet, images: Tensor, labels: Tensor, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in."""
+    pictures = None
+    if args.schedule == "two-cycles" and epoch >= round(FIRST_CYCLE * args.epochs):
+        pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
+    return batches(
+        images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
+        args.cutout, args.seed, epoch, pictures,
+    )  # fmt: skip
+
+
 def train(
-    args: argparse.Namespace,
-    network: DHRNet,
-    optimizers: list[torch.optim.Optimizer],
-    data: KnownData,
-    saved: dict[str, Any],
-    partial: Path,
-) -> dict[str, Any]:
+    args: argparse.Namespace, network: DHRNet, optimizers: list[torch.optim.Optimizer],
+    data: KnownData, saved: dict[str, Any], unfinished: Path,
+) -> dict[str, Any]:  # fmt: skip
     """Train from epoch `saved["epoch"]` on, saving every epoch; return the checkpoint's entries."""
     device = network.mean.device
     images = torch.from_numpy(data.train.images).to(device)  # all on the device, uint8
@@ -319,15 +329,7 @@ def train(
     steps = len(images) // args.batch_size
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
     schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
-    pictures = torch.from_numpy(fractals(*images.shape[2:])).to(device) if two_cycles else None
-
-    def draw(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        second_cycle = two_cycles and epoch >= round(FIRST_CYCLE * args.epochs)
-        return batches(
-            images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
-            args.cutout, args.seed, epoch, pictures if second_cycle else None,
-        )  # fmt: skip
-
+    draw = partial(batches_of, args, network, images, labels)
     replica, averaged = replicated(network), AveragedModel(network)
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
@@ -349,7 +351,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if two_cycles and step >= (1 - AVERAGED) * args.epochs * steps:
+            if two_cycles and step + 1 > (1 - AVERAGED) * args.epochs * steps:
                 averaged.update_parameters(network)
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
@@ -357,25 +359,22 @@ def train(
                 return saved
         if two_cycles and epoch + 1 == args.epochs:
             with autocast(device):
-                update_bn(draw(epoch + 1), averaged)
+                update_bn(draw(args.epochs), averaged)
             network.load_state_dict(averaged.module.state_dict())
         seconds = time.perf_counter() - start
         losses = average(torch.stack(history).double().cpu())
         if bad_step := broken_step(losses, network):
-            raise ValueError(
-                f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
-                + (f" ({partial} holds epoch {epoch})" if epoch else "")
-            )
-        if rank():
-            continue
-        val_accuracy = accuracy_on(network, data.val, args.batch_size)
-        row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)
-        saved["course"].append(dict(zip(COURSE, row, strict=True)))
-        print_epoch(saved["course"][-1], steps * args.batch_size / seconds)
-        saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        mean = {"averaged": averaged.state_dict()} if two_cycles else {}
-        save_checkpoint(partial, network, **saved, **mean, optimizer_states=states)
+            line = f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
+            raise ValueError(line + (f" ({unfinished} holds epoch {epoch})" if epoch else ""))
+        if not rank():
+            val_accuracy = accuracy_on(network, data.val, args.batch_size)
+            row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)
+            saved["course"].append(dict(zip(COURSE, row, strict=True)))
+            print_epoch(saved["course"][-1], steps * args.batch_size / seconds)
+            saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
+            states = {"optimizer_states": [optimizer.state_dict() for optimizer in optimizers]}
+            states |= {"averaged": averaged.state_dict()} if two_cycles else {}
+            save_checkpoint(unfinished, network, **saved, **states)
     return saved
 
 
@@ -388,14 +387,14 @@ def print_epoch(row: dict[str, float], images_per_second: float) -> None:
     )
 
 
-def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
-    for path in (args.out, partial) if not rank() else ():
+def prepare_and_train(args: argparse.Namespace, unfinished: Path) -> None:
+    for path in (args.out, unfinished) if not rank() else ():
         check_writable(path)
     saved: dict[str, Any] = {"epoch": 0, "course": []}
     if args.resume:
-        network, saved = load_unfinished(partial, args)
-    elif partial.exists() and not args.dry_run:
-        raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
+        network, saved = load_unfinished(unfinished, args)
+    elif unfinished.exists() and not args.dry_run:
+        raise ValueError(f"{unfinished} holds an unfinished run: go on with --resume, or remove it")
     device = prepare_device(args.device)
 
     # Images
@@ -434,23 +433,23 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         "images": fingerprint(data),
         "pflop": pflop,
     }
-    saved = train(args, network, optimizers, data, saved, partial)
+    saved = train(args, network, optimizers, data, saved, unfinished)
     if args.dry_run:
         print("dry run: took one step, wrote nothing")
     elif not rank():
         finish(args, network, saved, data)
-        partial.unlink()
+        unfinished.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    partial = Path(f"{args.out}.partial")
+    unfinished = Path(f"{args.out}.partial")
 
     def kept() -> str:
-        advice = "add --resume to go on" if partial.exists() else "no epoch was complete"
-        return f"{advice} ({partial})"
+        advice = "add --resume to go on" if unfinished.exists() else "no epoch was complete"
+        return f"{advice} ({unfinished})"
 
-    return run("train_dhr_nn.py", lambda: prepare_and_train(args, partial), kept)
+    return run("train_dhr_nn.py", lambda: prepare_and_train(args, unfinished), kept)
 
 
 if __name__ == "__main__":

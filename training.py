@@ -19,8 +19,8 @@ ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, sha
 GREY = 120  # of what cutout cuts out, about the mean of photographs
 SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
-FIRST_CYCLE, AVERAGED = 11 / 15, 2 / 15  # shares of all steps: before a second cycle; its last half
-PLATEAU = 0.4  # share of the second cycle's peak
+FIRST_CYCLE, AVERAGED = 11 / 15, 2 / 15  # of all steps: before a second cycle, and its last half
+PLATEAU = 0.4  # of the second cycle's peak rate
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
@@ -98,10 +98,7 @@ def rotate(images: Tensor, index: Tensor, mirrored: Tensor, generator: torch.Gen
 
 
 def mix(images: Tensor, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Add a random picture to half of the images, or multiply them by it.
-
-    One round of PixMix (Hendrycks et al. 2022, arXiv 2112.05135) with its weights, of Beta(3, 1)
-    and Beta(1, 3). There each image goes through up to four, and is also mixed with itself.
+    """`blend` half of the images with a random picture each: one round of PixMix.
 
     Args:
         images: [B, C, H, W] uint8.
@@ -109,16 +106,27 @@ def mix(images: Tensor, pictures: Tensor, generator: torch.Generator) -> Tensor:
         generator: source of all that is random, on the images' device.
     """
     count, device = len(images), images.device
-    chosen, added, against = torch.rand(3, count, 1, 1, 1, generator=generator, device=device) < 0.5
-    much, *roots = torch.rand(3, count, 1, 1, 1, generator=generator, device=device) ** (1 / 3)
-    little, more = (1 - root for root in roots)  # Beta(1, 3), where `much` is Beta(3, 1)
-    a, b = torch.where(against, 1 + more, much), torch.where(against, -little, little)
     drawn = torch.randint(len(pictures), (count,), generator=generator, device=device)
-    x, y = (2 * each.float() / 255 for each in (images, pictures[drawn].permute(0, 3, 1, 2)))
-    total = (a * (x - 1) + b * (y - 1) + 1) / 2
-    product = x.clamp_min(1e-6) ** a * y.clamp_min(1e-6) ** b / 2
-    mixed = (255 * torch.where(added, total, product).clamp(0, 1)).round().to(torch.uint8)
-    return torch.where(chosen, mixed, images).contiguous(memory_format=torch.channels_last)
+    blended = blend(images / 255, pictures[drawn].permute(0, 3, 1, 2) / 255, generator)
+    chosen = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.5
+    mixed = torch.where(chosen, (255 * blended).round().to(torch.uint8), images)
+    return mixed.contiguous(memory_format=torch.channels_last)
+
+
+def blend(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    """Add images in 0..1, [B, C, H, W], or multiply them, the first with more weight.
+
+    Source: PixMix (Hendrycks et al. 2022, arXiv 2112.05135), with weights from Beta(3, 1) and
+    Beta(1, 3). There each image goes through up to four such rounds, and is also mixed with itself.
+    """
+    shape, device = (3, len(first), 1, 1, 1), first.device
+    much, *roots = torch.rand(shape, generator=generator, device=device) ** (1 / 3)  # Beta(3, 1)
+    little, more = (1 - root for root in roots)  # Beta(1, 3)
+    added, against, _ = torch.rand(shape, generator=generator, device=device) < 0.5
+    a, b = torch.where(against, 1 + more, much), torch.where(against, -little, little)
+    total = (a * (2 * first - 1) + b * (2 * second - 1) + 1) / 2
+    product = (2 * first).clamp_min(1e-6) ** a * (2 * second).clamp_min(1e-6) ** b / 2
+    return torch.where(added, total, product).clamp(0, 1)
 
 
 def batches(
@@ -257,12 +265,17 @@ def one_cycle(step: int, total_steps: int) -> float:
 
 
 def two_cycles(step: int, total_steps: int) -> float:
-    """Share of the peak rate at a step: one cycle, then half as high another one that stays at
-    `PLATEAU`, where weights are averaged."""
+    """Share of the peak rate at a step: one cycle, then one with a plateau, half as high."""
     first = round(FIRST_CYCLE * total_steps)
     if step < first:
         return one_cycle(step, first)
-    return max(one_cycle(step - first, (total_steps - first) * 2 // 3), PLATEAU) / 2
+    return plateau(step - first, total_steps - first) / 2
+
+
+def plateau(step: int, total_steps: int) -> float:
+    """Share of the peak rate at a step: one cycle that falls no lower than `PLATEAU`, where weights
+    are averaged."""
+    return max(one_cycle(step, total_steps * 2 // 3), PLATEAU)
 
 
 SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}

@@ -2,6 +2,7 @@
 
     python benchmarks/recipe.py                            # all changes, two seeds; hours
     python benchmarks/recipe.py base turned --seeds 0      # some of them
+    python benchmarks/recipe.py base one-fractal --second-cycle    # in 9 more epochs of `base`
 
 Each network is a `fast` one under the recipe of `deep`: one-vs-rest, cutout, Muon. It knows six of
 CIFAR-10's classes, other ones for each seed, and trains on 1,500 images of each. Its test
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,13 +43,25 @@ from zoo import (
 import models
 from activations import autocast, keep_freed_memory, prepare_device
 from command_line import make_parser
+from fractals import fractals
 from methods import DHROpenMax, OpenMaxSettings, build_methods
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
 from openmax import UNKNOWN
-from training import batches, build_optimizers, gflop_per_image, one_cycle, one_vs_rest, rotate
+from training import (
+    batches,
+    blend,
+    build_optimizers,
+    gflop_per_image,
+    mix,
+    one_cycle,
+    one_vs_rest,
+    plateau,
+    rotate,
+)
 
 EPOCHS, BATCH_SIZE, RATE = 20, 500, 0.2
+SECOND_EPOCHS = 9  # of a second cycle, at half the rate
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
 
 
@@ -56,6 +70,7 @@ class Base:
 
     cutout = 12
     cost = 1.0  # images seen per training image
+    schedule = staticmethod(one_cycle)
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -227,47 +242,6 @@ class Turns(Base):
         return loss + F.cross_entropy(self.network.turns(pooled[0]), turns)
 
 
-def fractals(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, size, size, 3] uint8 pictures of iterated function systems: the places that points
-    reach under random contracting affine maps, each map of a colour of its own."""
-    pictures = np.empty((count, size, size, 3), np.uint8)
-    for picture in tqdm(pictures, "fractals", leave=False):
-        maps = rng.integers(2, 5)
-        turns = rng.uniform(0, 2 * np.pi, (2, maps))
-        singular = np.sort(rng.uniform(0.2, 0.95, (maps, 2)))[:, ::-1] * rng.choice(
-            (-1, 1), (maps, 2)
-        )
-        left, right = (
-            np.stack([np.cos(t), -np.sin(t), np.sin(t), np.cos(t)], -1).reshape(-1, 2, 2)
-            for t in turns
-        )
-        affine, offset = left * singular[:, None] @ right, rng.uniform(-1, 1, (maps, 2))
-        colours, ground = rng.uniform(0, 1, (maps, 3)), rng.uniform(0, 1, 3)
-        points, shade = np.zeros((1000, 2)), np.zeros((1000, 3))
-        seen, weights = [], []
-        for turn in range(40):
-            chosen = rng.integers(0, maps, 1000)
-            points = np.einsum("nij,nj->ni", affine[chosen], points) + offset[chosen]
-            shade = (shade + colours[chosen]) / 2
-            if turn >= 10:
-                seen.append(points)
-                weights.append(shade)
-        place, shade_of = np.concatenate(seen), np.concatenate(weights)
-        low, high = np.percentile(place, (1, 99), axis=0)
-        cells = ((place - low) / np.maximum(high - low, 1e-6) * size).astype(int)
-        inside = ((cells >= 0) & (cells < size)).all(axis=1)
-        flat = cells[inside] @ (size, 1)
-        hits = np.bincount(flat, minlength=size * size)
-        colour = np.stack(
-            [np.bincount(flat, shade_of[inside, c], size * size) for c in range(3)], -1
-        )
-        colour /= np.maximum(hits, 1)[:, None]
-        density = (np.log1p(hits) / np.log1p(hits.max()))[:, None] ** 0.5
-        mixed = density * colour + (1 - density) * ground
-        picture[:] = (255 * mixed).reshape(size, size, 3)
-    return pictures
-
-
 def coloured_noise(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """[count, size, size, 3] uint8 noise whose amplitude falls with the frequency f as f^-a, with a
     drawn from 0.5..2, in three random colours each."""
@@ -286,33 +260,28 @@ def coloured_noise(count: int, size: int, rng: np.random.Generator) -> np.ndarra
 class Fractals(Base):
     """each image mixed up to four times with a fractal or a distorted copy of itself (PixMix)"""
 
-    rounds, count = 4, 2000
-    draw_pictures = staticmethod(fractals)
+    rounds = 4
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         super().__init__(num_classes, device, seed)
-        size, rng = self.network.config["image_size"], np.random.default_rng(0)
-        self.pictures = torch.from_numpy(self.draw_pictures(self.count, size, rng)).to(device)
+        size = self.network.config["image_size"]
+        self.pictures = torch.from_numpy(self.draw_pictures(size)).to(device)
+
+    def draw_pictures(self, size: int) -> np.ndarray:
+        return fractals(size, 3)
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        plain = images.float() / 255
+        plain = images / 255
         mixed = torch.where(self.coin(images), self.distorted(images), plain)
         rounds = self.draw(images, self.rounds + 1)
         for done in range(self.rounds):
-            other = self.pick(images)
+            other = self.pictures[self.draw(images, len(self.pictures)).flatten()]
+            other = other.permute(0, 3, 1, 2) / 255
             other = torch.where(self.coin(images), self.distorted(images), other)
-            mixed = torch.where(rounds > done, self.mix(mixed, other), mixed)
-        return self.in_bytes(mixed), labels
-
-    def pick(self, images: Tensor) -> Tensor:
-        """A random picture for each image, [N, 3, H, W] in 0..1."""
-        return (
-            self.pictures[self.draw(images, len(self.pictures)).flatten()].permute(0, 3, 1, 2) / 255
-        )
-
-    def in_bytes(self, mixed: Tensor) -> Tensor:
-        images = (255 * mixed).round().to(torch.uint8)
-        return images.contiguous(memory_format=torch.channels_last)
+            blended = blend(mixed, other, self.generator)
+            mixed = torch.where(rounds > done, blended, mixed)
+        mixed = (255 * mixed).round().to(torch.uint8)
+        return mixed.contiguous(memory_format=torch.channels_last), labels
 
     def uniform(self, images: Tensor) -> Tensor:
         shape, device = (len(images), 1, 1, 1), images.device
@@ -323,18 +292,6 @@ class Fractals(Base):
 
     def draw(self, images: Tensor, count: int) -> Tensor:
         return (self.uniform(images) * count).long()
-
-    def mix(self, first: Tensor, second: Tensor) -> Tensor:
-        """Add or multiply, with weights of Beta(3, 1) and Beta(1, 3) as in PixMix."""
-        near_one = self.uniform(first) ** (1 / 3)  # Beta(3, 1)
-        small = 1 - self.uniform(first) ** (1 / 3)  # Beta(1, 3)
-        other = 1 - self.uniform(first) ** (1 / 3)
-        against = self.coin(first)
-        a, b = torch.where(against, 1 + other, near_one), torch.where(against, -small, small)
-        added = (a * (2 * first - 1) + b * (2 * second - 1) + 1) / 2
-        base, factor = (2 * first).clamp_min(1e-6), (2 * second).clamp_min(1e-6)
-        multiplied = base**a * factor**b / 2
-        return torch.where(self.coin(first), added, multiplied).clamp(0, 1)
 
     def distorted(self, images: Tensor) -> Tensor:
         """Rotated and shifted, with fewer grey levels, solarised, or with stretched contrast."""
@@ -356,15 +313,42 @@ class OneFractal(Fractals):
     """half of the images mixed once with a fractal, none distorted"""
 
     def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        plain = images.float() / 255
-        mixed = self.mix(plain, self.pick(images))
-        return self.in_bytes(torch.where(self.coin(images), mixed, plain)), labels
+        return mix(images, self.pictures, self.generator), labels
 
 
 class OneNoise(OneFractal):
     """the same with coloured 1/f noise in place of fractals"""
 
-    draw_pictures = staticmethod(coloured_noise)
+    def draw_pictures(self, size: int) -> np.ndarray:
+        return coloured_noise(2000, size, np.random.default_rng(0))
+
+
+class Averaged(Base):
+    """weights averaged over the second half, where the rate stays at a plateau"""
+
+    schedule = staticmethod(plateau)
+
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        shown = super().views(images, labels)
+        self.last_shown = [*getattr(self, "last_shown", [])[-9:], shown[0]]
+        return shown
+
+    def after(self, step: int, steps: int) -> None:
+        if step == steps // 2:
+            self.average = AveragedModel(self.network)
+        if step >= steps // 2:
+            self.average.update_parameters(self.network)
+        if step == steps - 1:
+            update_bn(self.last_shown, self.average)
+            self.network.load_state_dict(self.average.module.state_dict())
+
+
+class AveragedFractal(Averaged, OneFractal):
+    """half of the images mixed once with a fractal, and weights averaged (second half of `deep`)"""
+
+
+class AveragedNoise(Averaged, OneNoise):
+    """half of the images mixed once with noise, and weights averaged"""
 
 
 VARIANTS = {
@@ -372,7 +356,8 @@ VARIANTS = {
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
     "turned-half": TurnedHalf, "turned-or-shuffled": TurnedOrShuffled,
     "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
-    "no-cutout": NoCutout,
+    "no-cutout": NoCutout, "averaged": Averaged, "averaged-fractal": AveragedFractal,
+    "averaged-noise": AveragedNoise,
 }  # fmt: skip
 
 
@@ -397,25 +382,35 @@ def image_sets(seed: int) -> dict[str, ImageSet]:
 
 
 def train(
-    variant: type[Base], sets: dict[str, ImageSet], device: torch.device, seed: int
+    variant: type[Base],
+    sets: dict[str, ImageSet],
+    device: torch.device,
+    seed: int,
+    start: dict[str, Tensor] | None = None,
 ) -> tuple[DHRNet, float]:
-    """The trained network, and the PFLOP it took."""
+    """The trained network, and the PFLOP it took; with weights to start from, a second cycle."""
     torch.manual_seed(seed)
     images, labels = (torch.from_numpy(array).to(device) for array in sets["train"])
     num_classes = int(labels.max()) + 1
     recipe = variant(num_classes, device, seed)
     network = recipe.network
     network.fit_input_statistics(images[::5].permute(0, 3, 1, 2).cpu())
+    epochs, height = (SECOND_EPOCHS, 0.5) if start else (EPOCHS, 1.0)
+    if start:
+        network.load_state_dict(start, strict=False)
     network.to(device).to(memory_format=torch.channels_last)
     optimizers = recipe.optimizers()
     per_epoch = len(images) // BATCH_SIZE
     network.train()
-    bar = tqdm(total=EPOCHS * per_epoch, desc=variant.__name__, leave=False)
-    for epoch in range(EPOCHS):
-        drawn = batches(images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed, epoch)
+    bar = tqdm(total=epochs * per_epoch, desc=variant.__name__, leave=False)
+    for epoch in range(epochs):
+        drawn = batches(
+            images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed,
+            epoch + (EPOCHS if start else 0),
+        )  # fmt: skip
         for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
             for group in (group for each in optimizers for group in each.param_groups):
-                group["lr"] = one_cycle(step, EPOCHS * per_epoch) * group["peak_lr"]
+                group["lr"] = recipe.schedule(step, epochs * per_epoch) * height * group["peak_lr"]
             shown = recipe.views(batch, label)
             with autocast(device):
                 loss = recipe.loss(*shown)
@@ -423,12 +418,12 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            recipe.after(step, EPOCHS * per_epoch)
+            recipe.after(step, epochs * per_epoch)
             bar.update()
     bar.close()
     if not loss.isfinite():
         raise ValueError(f"{variant.__name__}: the loss is not finite")
-    pflop = gflop_per_image(network) * recipe.cost * EPOCHS * per_epoch * BATCH_SIZE / 1e6
+    pflop = gflop_per_image(network) * recipe.cost * epochs * per_epoch * BATCH_SIZE / 1e6
     return network.eval(), pflop
 
 
@@ -437,6 +432,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("variants", nargs="*", choices=[*VARIANTS, []], default=list(VARIANTS))
     add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(default 0 1)")
+    add(
+        "--second-cycle",
+        action="store_true",
+        help="train `base`, and from its weights each change for 9 more epochs at half the rate",
+    )
     add("--device", default="auto", metavar="NAME", help="(default auto)")
     add("--folder", type=Path, default=DATA / "recipe", metavar="DIR",
         help="for the activations (default data/recipe)")  # fmt: skip
@@ -444,19 +444,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     device, costs = prepare_device(args.device), args.folder / "costs.json"
     keep_freed_memory()
+    runs = {name: VARIANTS[name] for name in args.variants}
+    if args.second_cycle:
+        runs = {"base": Base} | {f"+ {name}": variant for name, variant in runs.items()}
     for seed in args.seeds:
-        sets = image_sets(seed)
-        for name in args.variants:
+        sets, weights = image_sets(seed), args.folder / f"base {seed}.pt"
+        for name, variant in runs.items():
             path = args.folder / f"{name} {seed}.npz"
             if path.exists():
                 continue
-            start = time.perf_counter()
-            network, pflop = train(VARIANTS[name], sets, device, seed)
+            started, start = time.perf_counter(), None
+            if name.startswith("+"):
+                start = torch.load(weights, device, weights_only=True)
+            network, pflop = train(variant, sets, device, seed, start)
+            if name == "base":
+                torch.save(network.state_dict(), weights)
             store(network, sets, path)
             known = json.loads(costs.read_text()) if costs.exists() else {}
             costs.write_text(json.dumps(known | {name: pflop}))
-            print(f"{name} {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    show(args.variants, args.seeds, args.folder)
+            print(f"{name} {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    show(runs, args.seeds, args.folder)
 
 
 class Spread(DHROpenMax):
@@ -470,7 +477,7 @@ class Spread(DHROpenMax):
         return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
 
 
-def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+def show(runs: dict[str, type[Base]], seeds: Sequence[int], folder: Path) -> None:
     """One row per change: its cost, and figures in %, means over the seeds."""
     costs = json.loads((folder / "costs.json").read_text())
     rules = ("dhr_openmax", "spread")
@@ -478,7 +485,7 @@ def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
     columns = "".join(f"{column:>9}" for column in (*UNKNOWN_KINDS, "mean"))
     print(f"{'AUROC in %':38}" + "".join(f"{title:>37}" for title in titles))
     print(f"{'':19}{'PFLOP':>9}{'accuracy':>10} {columns} {columns}  best published method")
-    for name in variants:
+    for name, variant in runs.items():
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
         tests = [sets["test_known"] for sets in networks.values()]
         accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
@@ -491,7 +498,7 @@ def show(variants: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
             areas = [figures[f"{name}, {kind}"][rule]["auroc"] for kind in UNKNOWN_KINDS]
             row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[rule]))
         best = max(of.keys() - {*rules}, key=of.__getitem__)
-        print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {VARIANTS[name].__doc__}")
+        print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {variant.__doc__}")
 
 
 if __name__ == "__main__":

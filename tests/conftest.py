@@ -8,6 +8,7 @@ from filelock import FileLock
 from PIL import Image
 
 import compute_openmax
+import fractals
 import train_dhr_nn
 from open_set_data import load_known
 
@@ -41,6 +42,15 @@ def evaluate(tmp_path):
 def error_line(capsys):
     """Function that returns the last line a command has written to stderr."""
     return lambda: capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def few_fractals(monkeypatch):
+    """Four fractals, where there would be 2,000, which take half a minute."""
+    monkeypatch.setattr(fractals, "MOST", 4)
+    fractals.fractals.cache_clear()
+    yield
+    fractals.fractals.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -93,18 +103,20 @@ def stopped_run(made_once, tiny_run):
 
     def make(folder):
         with pytest.MonkeyPatch.context() as patch:
-            stop_after_an_epoch(patch)
+            stop_after(patch, epoch=1)
             assert run_training(folder / "net.pt", *tiny_run) == 130
 
     return made_once("stopped", make) / "net.pt.partial"
 
 
-def stop_after_an_epoch(patch):
+def stop_after(patch, epoch):
+    """Let training end as by Ctrl-C once it has saved an epoch."""
     save = train_dhr_nn.save_checkpoint
 
     def save_and_stop(*args, **entries):
         save(*args, **entries)
-        raise KeyboardInterrupt
+        if entries["epoch"] == epoch:
+            raise KeyboardInterrupt
 
     patch.setattr(train_dhr_nn, "save_checkpoint", save_and_stop)
 
@@ -123,7 +135,7 @@ def photos_and_net(made_once):
         flags += ["--arch", "fast", "--epochs", 2]
         assert run_training(folder / "net.pt", *flags) == 0
         with pytest.MonkeyPatch.context() as patch:
-            stop_after_an_epoch(patch)
+            stop_after(patch, epoch=1)
             assert run_training(folder / "stopped.pt", *flags) == 130
 
     return made_once("own-pictures", make)

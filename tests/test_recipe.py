@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recipe import VARIANTS, Fractals, Lookahead, Spread, coloured_noise, fractals, train
+from recipe import VARIANTS, Averaged, Lookahead, Spread, coloured_noise, train
 
 from open_set_data import ImageSet
 from openmax import UNKNOWN
@@ -15,11 +15,6 @@ CPU = torch.device("cpu")
 def images():
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def few_fractals(monkeypatch):
-    monkeypatch.setattr(Fractals, "count", 4)
 
 
 @pytest.mark.parametrize("name", ["shuffled", "turned", "turned-half", "turned-or-shuffled"])
@@ -42,7 +37,7 @@ def test_a_half_turned_copy_costs_least_with_all_logits_at_zero():
 
 
 @pytest.mark.parametrize("name", ["fractals", "one-fractal", "one-noise"])
-def test_mixed_in_pictures_change_images_but_not_labels(name, images):
+def test_mixed_in_pictures_change_images_but_not_labels(name, images, few_fractals):
     labels = torch.arange(8) % 2
     shown, same = VARIANTS[name](2, CPU, seed=0).views(images, labels)
     assert shown.shape == images.shape
@@ -51,10 +46,9 @@ def test_mixed_in_pictures_change_images_but_not_labels(name, images):
     assert same is labels
 
 
-@pytest.mark.parametrize("draw", [fractals, coloured_noise])
-def test_drawn_pictures_have_several_colours_and_the_seed_decides(draw):
-    drawn = draw(5, 16, np.random.default_rng(0))
-    assert np.array_equal(drawn, draw(5, 16, np.random.default_rng(0)))
+def test_noise_has_several_colours_and_the_seed_decides():
+    drawn = coloured_noise(5, 16, np.random.default_rng(0))
+    assert np.array_equal(drawn, coloured_noise(5, 16, np.random.default_rng(0)))
     assert min(picture.std() for picture in drawn) > 3
     assert len({picture.tobytes() for picture in drawn}) == 5
 
@@ -82,6 +76,16 @@ def test_lookahead_draws_every_fifth_step_back_and_ends_at_its_slow_weights():
     assert seen == pytest.approx([0, 1, 2, 3, slow, 5, slow])
 
 
+def test_averaged_weights_are_the_mean_over_the_second_half(images):
+    recipe = Averaged(2, CPU, seed=0)
+    recipe.views(images, torch.arange(8) % 2)
+    for step in range(6):
+        with torch.no_grad():
+            recipe.network.head[-1].weight.fill_(step)
+        recipe.after(step, 6)
+    assert recipe.network.head[-1].weight[0, 0].item() == pytest.approx((3 + 4 + 5) / 3)
+
+
 def test_spread_ignores_what_all_logits_share():
     rule = Spread()
     rule.means, rule.whitening = torch.zeros(3, 5), torch.eye(5, dtype=torch.float64)
@@ -92,7 +96,7 @@ def test_spread_ignores_what_all_logits_share():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_change_trains_a_network(name, monkeypatch):
+def test_every_change_trains_a_network(name, few_fractals, monkeypatch):
     monkeypatch.setattr("recipe.EPOCHS", 1)
     monkeypatch.setattr("recipe.BATCH_SIZE", 16)
     rng = np.random.default_rng(0)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import stop_after
 
 import report
 import train_dhr_nn
 from models import load_checkpoint
 from open_set_data import ImageSet, load_known
 from train_dhr_nn import RECIPES, build_network, complete_settings, parse_args
-from training import one_cycle
+from training import SCHEDULES, one_cycle
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,8 +43,7 @@ def test_the_deep_recipe_is_that_of_the_shipped_network():
     stored = load_checkpoint(ROOT / "dhr_net.pt")[1]["train_args"]
     deep = RECIPES["deep"]._asdict()
     assert stored["arch"] == "deep"
-    written_later = {"optimizer": "muon", "augmentation": "shift"}  # than this checkpoint
-    assert {name: (written_later | stored)[name] for name in deep} == deep
+    assert {name: stored[name] for name in deep} == deep
 
 
 def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
@@ -51,7 +51,7 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert checkpoint["train_args"] == {
         "dataset": "digits", "known_classes": "0,1", "image_size": None, "arch": "fast",
         "epochs": 2, "batch_size": 120, "lr": 0.1, "loss": "softmax", "cutout": 0,
-        "optimizer": "muon", "augmentation": "shift",
+        "optimizer": "muon", "augmentation": "shift", "schedule": "one-cycle",
         "reconstruction_weight": 1.0, "seed": 0,
     }  # fmt: skip
     assert checkpoint["known_classes"] == ["0", "1"]
@@ -67,7 +67,7 @@ def test_a_small_set_takes_smaller_batches_and_more_epochs():
     args = completed("--arch", "tuned", count=90)
     assert (args.batch_size, args.epochs) == (16, 20)  # 100 steps
     args = completed("--arch", "deep", count=4000)
-    assert (args.batch_size, args.epochs) == (400, 44)  # 10 steps in an epoch
+    assert (args.batch_size, args.epochs) == (400, 60)  # 10 steps in an epoch
     args = completed("--epochs", "2", "--batch-size", "50", count=90)
     assert (args.batch_size, args.epochs) == (50, 2)
 
@@ -194,24 +194,42 @@ def test_a_stopped_run_resumes_to_the_same_weights_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["deep", "vgg"])
+@pytest.mark.parametrize(("arch", "epochs"), [("deep", 15), ("vgg", 2)])
 def test_the_other_networks_resume_to_the_same_weights_too(
-    train, tiny_run, tmp_path, monkeypatch, arch
+    train, tiny_run, tmp_path, monkeypatch, few_fractals, arch, epochs
 ):
+    """The one that averages weights is stopped within the epochs it averages over, 14 and 15."""
     whole, stopped = tmp_path / "whole.pt", tmp_path / "stopped.pt"
-    flags = [*tiny_run, "--arch", arch, "--cutout", "4"]
+    flags = [*tiny_run, "--epochs", epochs, "--arch", arch, "--cutout", "4"]
     assert train(whole, *flags) == 0
-    save = train_dhr_nn.save_checkpoint
-
-    def save_and_stop(*args, **entries):
-        save(*args, **entries)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_dhr_nn, "save_checkpoint", save_and_stop)
+        stop_after(patch, epochs - 1)
         assert train(stopped, *flags) == 130
+    averaged = torch.load(f"{stopped}.partial", weights_only=True).get("averaged")
+    assert averaged["n_averaged"] == 2 if arch == "deep" else averaged is None
     assert train(stopped, "--resume") == 0
     assert same_weights(whole, stopped)
+    assert "averaged" not in load_checkpoint(whole)[1]
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(1, 1), (15, 4)])
+def test_weights_of_the_last_steps_are_averaged(
+    train, tiny_run, tmp_path, monkeypatch, few_fractals, epochs, count
+):
+    recipe = RECIPES["fast"]._replace(schedule="two-cycles")
+    monkeypatch.setitem(RECIPES, "fast", recipe)
+    seen = []
+
+    class Watched(train_dhr_nn.AveragedModel):
+        def update_parameters(self, network):
+            super().update_parameters(network)
+            seen.append(network.head[-1].weight.detach().clone())
+
+    monkeypatch.setattr(train_dhr_nn, "AveragedModel", Watched)
+    assert train(tmp_path / "net.pt", *tiny_run, "--epochs", epochs) == 0
+    head = load_checkpoint(tmp_path / "net.pt")[0].head[-1].weight
+    assert len(seen) == count
+    assert torch.allclose(head, torch.stack(seen).mean(dim=0))
 
 
 def test_nothing_to_resume_is_said(train, tiny_net, tmp_path, error_line):
@@ -265,9 +283,9 @@ def test_infinite_loss_stops_and_keeps_the_last_epoch(
 ):
     out, partial = tmp_path / "net.pt", tmp_path / "net.pt.partial"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train_dhr_nn,
-            "one_cycle",
+        patch.setitem(
+            SCHEDULES,
+            "one-cycle",
             lambda step, total: one_cycle(step, total) if step < 2 else float("inf"),
         )
         assert train(out, *tiny_run) == 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import train_dhr_nn
 import training
+from fractals import fractals
 from models import DHRNet
 from open_set_data import ImageSet, KnownData
 from openmax import UNKNOWN
@@ -18,12 +19,15 @@ from training import (
     GREY,
     augment,
     batches,
+    blend,
     build_optimizers,
     gflop_per_image,
     halving,
+    mix,
     one_cycle,
     one_vs_rest,
     orthogonalize,
+    two_cycles,
 )
 
 
@@ -105,12 +109,42 @@ def test_rotate_by_nothing_only_mirrors(monkeypatch):
     assert torch.equal(batch, expected)
 
 
+def test_about_half_of_the_images_are_mixed_with_a_picture():
+    images = torch.from_numpy(make_images(400)).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(make_images(5, seed=1))
+    mixed = mix(images, pictures, torch.Generator().manual_seed(0))
+    assert mixed.dtype == torch.uint8
+    changed = (mixed != images).flatten(1).any(dim=1)
+    assert 0.4 < changed.float().mean() < 0.6
+    assert torch.equal(mixed, mix(images, pictures, torch.Generator().manual_seed(0)))
+
+
+def test_blended_images_are_sums_or_products_of_about_the_first_ones_weight():
+    grey = torch.full((4000, 1, 1, 1), 0.25)
+    generator = torch.Generator().manual_seed(0)
+    both = blend(2 * grey, 2 * grey, generator)
+    assert torch.allclose(both, torch.full_like(both, 0.5))  # grey by grey or and grey is grey
+    dark, darkened = blend(grey, grey, generator), blend(grey, 2 * grey, generator)
+    assert dark.median().item() == pytest.approx(0.25, abs=0.01)
+    assert 0.25 < darkened[darkened < 0.5].median() < 0.35  # the first has 3/4 of the weight
+    assert 0 <= dark.min() <= dark.max() <= 1
+
+
+def test_fractals_have_several_colours_differ_and_are_always_the_same(few_fractals):
+    drawn = fractals(16, 3)
+    assert drawn.shape == (4, 16, 16, 3)
+    assert np.array_equal(drawn, fractals.__wrapped__(16, 3))
+    assert min(picture.std() for picture in drawn) > 3
+    assert len({picture.tobytes() for picture in drawn}) == 4
+    assert fractals(1024, 1).shape == (2, 1024, 1024, 1)
+
+
 @pytest.fixture
 def unmoved(monkeypatch):
     """Images come out of `augment` as they are, and whether they were to be mirrored is kept."""
     seen = []
 
-    def keep(images, index, mirrored, augmentation, cutout, generator):
+    def keep(images, index, mirrored, augmentation, cutout, generator, pictures):
         seen.append(mirrored)
         return images[index].permute(0, 3, 1, 2)
 
@@ -254,6 +288,13 @@ def test_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nearly_0():
     assert max(shares) == pytest.approx(1, abs=0.01)
     assert 0 < shares[0] < 0.02
     assert 0 < shares[-1] < 0.002
+
+
+def test_a_second_cycle_is_half_as_high_and_ends_on_a_plateau():
+    shares = [two_cycles(step, 1500) for step in range(1500)]
+    assert shares[:1100] == [one_cycle(step, 1100) for step in range(1100)]
+    assert max(shares[1100:]) == pytest.approx(0.5, abs=0.01)
+    assert shares[1300:] == [0.2] * 200  # where weights are averaged
 
 
 def test_the_shipped_network_takes_2_gflop_an_image_as_pytorch_counts_them():

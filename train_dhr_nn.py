@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
@@ -52,9 +51,10 @@ from open_set_data import (
     load_known,
 )
 from training import (
-    AVERAGED,
-    FIRST_CYCLE,
+    AVERAGE_FROM,
+    AVERAGE_TO,
     SCHEDULES,
+    SECOND_CYCLE,
     batches,
     build_optimizers,
     gflop_per_image,
@@ -77,7 +77,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
-    "deep": Recipe(60, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles"),
+    "deep": Recipe(64, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles"),
     "vgg": Recipe(36, 128, 0.05, "softmax", 0, "sgd", "rotate", "halving"),
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
@@ -308,9 +308,11 @@ def next_steps(args: argparse.Namespace) -> str:
 def batches_of(
     args: argparse.Namespace, network: DHRNet, images: Tensor, labels: Tensor, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in."""
+    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in, but for the
+    last ones."""
+    second_cycle = round(SECOND_CYCLE * args.epochs) <= epoch < round(AVERAGE_TO * args.epochs)
     pictures = None
-    if args.schedule == "two-cycles" and epoch >= round(FIRST_CYCLE * args.epochs):
+    if args.schedule == "two-cycles" and second_cycle:
         pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
     return batches(
         images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
@@ -329,16 +331,18 @@ def train(
     steps = len(images) // args.batch_size
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
     schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
-    draw = partial(batches_of, args, network, images, labels)
     replica, averaged = replicated(network), AveragedModel(network)
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs):
         start, history = time.perf_counter(), []
+        if averaged.n_averaged and epoch == round(AVERAGE_TO * args.epochs):
+            network.load_state_dict(averaged.module.state_dict())
         network.train()
         title = f"epoch {epoch + 1}"
-        bar = tqdm(draw(epoch), title, steps, unit="step", leave=False, disable=rank() > 0)
+        drawn = batches_of(args, network, images, labels, epoch)
+        bar = tqdm(drawn, title, steps, unit="step", leave=False, disable=rank() > 0)
         for step, (batch, target) in enumerate(bar, epoch * steps):
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
@@ -351,16 +355,12 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if two_cycles and step + 1 > (1 - AVERAGED) * args.epochs * steps:
+            if two_cycles and AVERAGE_FROM <= step / (args.epochs * steps) < AVERAGE_TO:
                 averaged.update_parameters(network)
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
             if args.dry_run:
                 return saved
-        if two_cycles and epoch + 1 == args.epochs:
-            with autocast(device):
-                update_bn(draw(args.epochs), averaged)
-            network.load_state_dict(averaged.module.state_dict())
         seconds = time.perf_counter() - start
         losses = average(torch.stack(history).double().cpu())
         if bad_step := broken_step(losses, network):

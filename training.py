@@ -19,7 +19,8 @@ ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, sha
 GREY = 120  # of what cutout cuts out, about the mean of photographs
 SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
-FIRST_CYCLE, AVERAGED = 11 / 15, 2 / 15  # of all steps: before a second cycle, and its last half
+# Where a second cycle starts, where weights are averaged from, and where to: shares of all steps
+SECOND_CYCLE, AVERAGE_FROM, AVERAGE_TO = 11 / 16, 13 / 16, 15 / 16
 PLATEAU = 0.4  # of the second cycle's peak rate
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
@@ -116,13 +117,13 @@ def mix(images: Tensor, pictures: Tensor, generator: torch.Generator) -> Tensor:
 def blend(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
     """Add images in 0..1, [B, C, H, W], or multiply them, the first with more weight.
 
-    Source: PixMix (Hendrycks et al. 2022, arXiv 2112.05135), with weights from Beta(3, 1) and
-    Beta(1, 3). There each image goes through up to four such rounds, and is also mixed with itself.
+    Source: PixMix (Hendrycks et al. 2022, arXiv 2112.05135), with its weights, `much` from
+    Beta(3, 1), `little` and `more` from Beta(1, 3). There each image goes through up to four such
+    rounds, and is also mixed with itself.
     """
-    shape, device = (3, len(first), 1, 1, 1), first.device
-    much, *roots = torch.rand(shape, generator=generator, device=device) ** (1 / 3)  # Beta(3, 1)
-    little, more = (1 - root for root in roots)  # Beta(1, 3)
-    added, against, _ = torch.rand(shape, generator=generator, device=device) < 0.5
+    uniform = torch.rand(5, len(first), 1, 1, 1, generator=generator, device=first.device)
+    much, little, more = uniform[0] ** (1 / 3), *(1 - uniform[1:3] ** (1 / 3))
+    added, against = uniform[3:] < 0.5
     a, b = torch.where(against, 1 + more, much), torch.where(against, -little, little)
     total = (a * (2 * first - 1) + b * (2 * second - 1) + 1) / 2
     product = (2 * first).clamp_min(1e-6) ** a * (2 * second).clamp_min(1e-6) ** b / 2
@@ -265,11 +266,14 @@ def one_cycle(step: int, total_steps: int) -> float:
 
 
 def two_cycles(step: int, total_steps: int) -> float:
-    """Share of the peak rate at a step: one cycle, then one with a plateau, half as high."""
-    first = round(FIRST_CYCLE * total_steps)
+    """Share of the peak rate at a step: one cycle; another, half as high, that ends on a plateau; a
+    linear fall from there to 0."""
+    first, last = round(SECOND_CYCLE * total_steps), round(AVERAGE_TO * total_steps)
     if step < first:
         return one_cycle(step, first)
-    return plateau(step - first, total_steps - first) / 2
+    if step < last:
+        return plateau(step - first, last - first) / 2
+    return PLATEAU / 2 * (total_steps - step) / (total_steps - last)
 
 
 def plateau(step: int, total_steps: int) -> float:

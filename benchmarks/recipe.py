@@ -344,7 +344,7 @@ class Averaged(Base):
 
 
 class AveragedFractal(Averaged, OneFractal):
-    """half of the images mixed once with a fractal, and weights averaged (second half of `deep`)"""
+    """half of the images mixed once with a fractal, and weights averaged, as in `deep`"""
 
 
 class AveragedNoise(Averaged, OneNoise):

@@ -290,11 +290,12 @@ def test_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nearly_0():
     assert 0 < shares[-1] < 0.002
 
 
-def test_a_second_cycle_is_half_as_high_and_ends_on_a_plateau():
-    shares = [two_cycles(step, 1500) for step in range(1500)]
+def test_a_second_cycle_is_half_as_high_and_falls_from_a_plateau():
+    shares = [two_cycles(step, 1600) for step in range(1600)]
     assert shares[:1100] == [one_cycle(step, 1100) for step in range(1100)]
     assert max(shares[1100:]) == pytest.approx(0.5, abs=0.01)
-    assert shares[1300:] == [0.2] * 200  # where weights are averaged
+    assert shares[1300:1500] == [0.2] * 200  # where weights are averaged
+    assert shares[1500:] == pytest.approx([0.002 * (100 - step) for step in range(100)])
 
 
 def test_the_shipped_network_takes_2_gflop_an_image_as_pytorch_counts_them():

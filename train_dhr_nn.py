@@ -372,9 +372,9 @@ def train(
             saved["course"].append(dict(zip(COURSE, row, strict=True)))
             print_epoch(saved["course"][-1], steps * args.batch_size / seconds)
             saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
-            states = {"optimizer_states": [optimizer.state_dict() for optimizer in optimizers]}
-            states |= {"averaged": averaged.state_dict()} if two_cycles else {}
-            save_checkpoint(unfinished, network, **saved, **states)
+            mean = {"averaged": averaged.state_dict()} if two_cycles else {}
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save_checkpoint(unfinished, network, **saved, **mean, optimizer_states=states)
     return saved
 
 

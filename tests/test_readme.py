@@ -238,7 +238,9 @@ def test_turned_copies_lost_what_the_text_says():
 def test_second_cycle_has_the_validation_accuracy_that_the_text_says():
     val = {row[0]: 100 * float(row[-1]) for row in epochs_of("train-deep.txt")}
     text = " ".join(BENCHMARKS.split())
-    claim = "the mean had {:.2f} % of the validation images, less than the {:.2f} % of the first cycle"
+    claim = (
+        "the mean had {:.2f} % of the validation images, less than the {:.2f} % of the first cycle"
+    )
     assert claim.format(val["60"], val["44"]) in text
     assert f"take the rate to 0: {val['64']:.2f} %" in text
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
 
 
 def test_a_small_set_takes_smaller_batches_and_more_epochs():
-    args = completed("--arch", "deep", count=90)
+    args = completed("--arch", "fast", count=90)
     assert (args.batch_size, args.epochs) == (16, 60)  # 300 steps
     args = completed("--arch", "tuned", count=90)
     assert (args.batch_size, args.epochs) == (16, 20)  # 100 steps

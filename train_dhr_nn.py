@@ -50,16 +50,7 @@ from open_set_data import (
     fingerprint,
     load_known,
 )
-from training import (
-    AVERAGE_FROM,
-    AVERAGE_TO,
-    SCHEDULES,
-    SECOND_CYCLE,
-    batches,
-    build_optimizers,
-    gflop_per_image,
-    one_vs_rest,
-)
+from training import SCHEDULES, batches, build_optimizers, gflop_per_image, last_cycle, one_vs_rest
 
 
 class Recipe(NamedTuple):
@@ -201,19 +192,19 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
         raise ValueError(f"--cutout is {args.cutout}; expected at most {image_size} pixels")
 
 
-def load_unfinished(unfinished: Path, args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
+def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, dict[str, Any]]:
     """The network and the checkpoint of an unfinished run, whose settings replace those in `args`.
 
     Raises:
         ValueError: there is no unfinished run, or another version of this script wrote it.
     """
-    if not unfinished.exists():
-        raise ValueError(f"{unfinished} does not exist: nothing to resume, leave --resume out")
-    network, saved = load_checkpoint(unfinished)
+    if not partial.exists():
+        raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
+    network, saved = load_checkpoint(partial)
     if "optimizer_states" not in saved:
-        raise ValueError(f"{unfinished} is a finished network: nothing to resume, rename it")
+        raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
     if tuple(saved["train_args"]) != STORED_ARGS:
-        raise ValueError(f"{unfinished} was written by another version: remove it and start again")
+        raise ValueError(f"{partial} was written by another version: remove it and start again")
     vars(args).update(saved["train_args"])
     return network, {key: saved[key] for key in saved.keys() - NETWORK_KEYS}
 
@@ -310,9 +301,8 @@ def batches_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an epoch, from 0; those of a second cycle have fractals mixed in, but for the
     last ones."""
-    second_cycle = round(SECOND_CYCLE * args.epochs) <= epoch < round(AVERAGE_TO * args.epochs)
     pictures = None
-    if args.schedule == "two-cycles" and second_cycle:
+    if args.schedule == "two-cycles" and epoch in last_cycle(args.epochs):
         pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
     return batches(
         images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
@@ -322,7 +312,7 @@ def batches_of(
 
 def train(
     args: argparse.Namespace, network: DHRNet, optimizers: list[torch.optim.Optimizer],
-    data: KnownData, saved: dict[str, Any], unfinished: Path,
+    data: KnownData, saved: dict[str, Any], partial: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from epoch `saved["epoch"]` on, saving every epoch; return the checkpoint's entries."""
     device = network.mean.device
@@ -332,17 +322,18 @@ def train(
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
     schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
     replica, averaged = replicated(network), AveragedModel(network)
+    cycle = last_cycle(args.epochs * steps)
+    averaged_steps = cycle[len(cycle) // 2 :] if two_cycles else ()
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs):
         start, history = time.perf_counter(), []
-        if averaged.n_averaged and epoch == round(AVERAGE_TO * args.epochs):
+        if averaged.n_averaged and epoch == last_cycle(args.epochs).stop:
             network.load_state_dict(averaged.module.state_dict())
         network.train()
-        title = f"epoch {epoch + 1}"
         drawn = batches_of(args, network, images, labels, epoch)
-        bar = tqdm(drawn, title, steps, unit="step", leave=False, disable=rank() > 0)
+        bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
         for step, (batch, target) in enumerate(bar, epoch * steps):
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
@@ -355,7 +346,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if two_cycles and AVERAGE_FROM <= step / (args.epochs * steps) < AVERAGE_TO:
+            if step in averaged_steps:
                 averaged.update_parameters(network)
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
@@ -365,7 +356,7 @@ def train(
         losses = average(torch.stack(history).double().cpu())
         if bad_step := broken_step(losses, network):
             line = f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
-            raise ValueError(line + (f" ({unfinished} holds epoch {epoch})" if epoch else ""))
+            raise ValueError(line + (f" ({partial} holds epoch {epoch})" if epoch else ""))
         if not rank():
             val_accuracy = accuracy_on(network, data.val, args.batch_size)
             row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)
@@ -374,7 +365,7 @@ def train(
             saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
             mean = {"averaged": averaged.state_dict()} if two_cycles else {}
             states = [optimizer.state_dict() for optimizer in optimizers]
-            save_checkpoint(unfinished, network, **saved, **mean, optimizer_states=states)
+            save_checkpoint(partial, network, **saved, **mean, optimizer_states=states)
     return saved
 
 
@@ -387,14 +378,14 @@ def print_epoch(row: dict[str, float], images_per_second: float) -> None:
     )
 
 
-def prepare_and_train(args: argparse.Namespace, unfinished: Path) -> None:
-    for path in (args.out, unfinished) if not rank() else ():
+def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
+    for path in (args.out, partial) if not rank() else ():
         check_writable(path)
     saved: dict[str, Any] = {"epoch": 0, "course": []}
     if args.resume:
-        network, saved = load_unfinished(unfinished, args)
-    elif unfinished.exists() and not args.dry_run:
-        raise ValueError(f"{unfinished} holds an unfinished run: go on with --resume, or remove it")
+        network, saved = load_unfinished(partial, args)
+    elif partial.exists() and not args.dry_run:
+        raise ValueError(f"{partial} holds an unfinished run: go on with --resume, or remove it")
     device = prepare_device(args.device)
 
     # Images
@@ -433,23 +424,23 @@ def prepare_and_train(args: argparse.Namespace, unfinished: Path) -> None:
         "images": fingerprint(data),
         "pflop": pflop,
     }
-    saved = train(args, network, optimizers, data, saved, unfinished)
+    saved = train(args, network, optimizers, data, saved, partial)
     if args.dry_run:
         print("dry run: took one step, wrote nothing")
     elif not rank():
         finish(args, network, saved, data)
-        unfinished.unlink()
+        partial.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    unfinished = Path(f"{args.out}.partial")
+    partial = Path(f"{args.out}.partial")
 
     def kept() -> str:
-        advice = "add --resume to go on" if unfinished.exists() else "no epoch was complete"
-        return f"{advice} ({unfinished})"
+        advice = "add --resume to go on" if partial.exists() else "no epoch was complete"
+        return f"{advice} ({partial})"
 
-    return run("train_dhr_nn.py", lambda: prepare_and_train(args, unfinished), kept)
+    return run("train_dhr_nn.py", lambda: prepare_and_train(args, partial), kept)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, sha
 GREY = 120  # of what cutout cuts out, about the mean of photographs
 SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
-# Where a second cycle starts, where weights are averaged from, and where to: shares of all steps
-SECOND_CYCLE, AVERAGE_FROM, AVERAGE_TO = 11 / 16, 13 / 16, 15 / 16
+LAST_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
 PLATEAU = 0.4  # of the second cycle's peak rate
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
@@ -268,12 +267,18 @@ def one_cycle(step: int, total_steps: int) -> float:
 def two_cycles(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: one cycle; another, half as high, that ends on a plateau; a
     linear fall from there to 0."""
-    first, last = round(SECOND_CYCLE * total_steps), round(AVERAGE_TO * total_steps)
-    if step < first:
-        return one_cycle(step, first)
-    if step < last:
-        return plateau(step - first, last - first) / 2
-    return PLATEAU / 2 * (total_steps - step) / (total_steps - last)
+    cycle = last_cycle(total_steps)
+    if step < cycle.start:
+        return one_cycle(step, cycle.start)
+    if step < cycle.stop:
+        return plateau(step - cycle.start, len(cycle)) / 2
+    return PLATEAU / 2 * (total_steps - step) / (total_steps - cycle.stop)
+
+
+def last_cycle(total: int) -> range:
+    """Which of all epochs, or steps, are in the last of `two_cycles`, but for its fall to 0."""
+    first, last = LAST_CYCLE
+    return range(round(first * total), round(last * total))
 
 
 def plateau(step: int, total_steps: int) -> float:

@@ -12,6 +12,7 @@ takes part. Finished networks are kept, as activations, and not trained again.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -41,10 +42,11 @@ from zoo import (
 )
 
 import models
-from activations import autocast, keep_freed_memory, prepare_device
+from activations import Activations, autocast, keep_freed_memory, prepare_device
 from command_line import make_parser
 from fractals import fractals
 from methods import DHROpenMax, OpenMaxSettings, build_methods
+from metrics import Scores
 from models import DHRNet
 from open_set_data import ImageSet, as_unknown, load_known
 from openmax import UNKNOWN
@@ -60,17 +62,46 @@ from training import (
     rotate,
 )
 
-EPOCHS, BATCH_SIZE, RATE = 20, 500, 0.2
+EPOCHS, BATCH_SIZE, RATE, CUTOUT = 20, 500, 0.2, 12
 SECOND_EPOCHS = 9  # of a second cycle, at half the rate
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1500, 500
+
+
+class Spread(DHROpenMax):
+    """The rule with another evidence, -||y - mean of y||: something unknown excites all classes
+    alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
+    there."""
+
+    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+        _, distances = super().tests(logits, latents_max).T
+        spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
+        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
+
+
+class WithTurns(DHROpenMax):
+    """The rule with one more evidence, t of `confusion_by_turns`: a network cannot tell which way
+    up something unknown belongs.
+
+    log odds += t (1 / m - 1 / log 4) / 4, with m the mean of t over the validation images. Up to a
+    constant, that is a quarter of the log likelihood ratio of two exponential distributions, with
+    mean m and with log 4, that of a guess. A head that learned nothing adds nothing.
+    """
+
+    def fit(self, train: Activations, val: Activations) -> DHROpenMax:
+        self.slope = (1 / float(val.latents_avg.mean()) - 1 / math.log(4)) / 4
+        return super().fit(train, val)
+
+    def score(self, images: Activations) -> Scores:
+        unknownness, probabilities = super().score(images)
+        return Scores(unknownness + self.slope * images.latents_avg[:, 0], probabilities)
 
 
 class Base:
     """the recipe of `deep`"""
 
-    cutout = 12
     cost = 1.0  # images seen per training image
     schedule = staticmethod(one_cycle)
+    other_rule: type[DHROpenMax] = Spread
 
     def __init__(self, num_classes: int, device: torch.device, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -117,12 +148,6 @@ class T2FNorm(Softmax):
 class NormalisedInTraining(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 10 * F.normalize(x, dim=1) if self.training else x
-
-
-class NoCutout(Base):
-    """no cutout"""
-
-    cutout = 0
 
 
 class Wide(Base):
@@ -222,24 +247,55 @@ class TurnedOrShuffled(Turned):
 
 
 class Turns(Base):
-    """a second head that tells by how many quarters an image is turned (RotPred), on a copy"""
+    """a second head that tells by how many quarters copies of three images in eight are turned"""
 
-    cost = 2.0
+    cost = 1.375
+    other_rule = WithTurns
 
     def build(self, num_classes: int) -> DHRNet:
         network = super().build(num_classes)
         network.turns = nn.Linear(network.head[-1].in_features, 4)
         return network
 
+    def views(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = super().views(images, labels)
+        share = len(images) // 8
+        turned = [images[n * share : (n + 1) * share].rot90(n, (2, 3)) for n in (1, 2, 3)]
+        shown = torch.cat([images, *turned])
+        return shown.contiguous(memory_format=torch.channels_last), labels
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        turns = (torch.arange(len(images), device=images.device) % 4).sort().values
-        turned = torch.cat([images[k::4].rot90(k, (2, 3)) for k in range(4)])
-        loss = super().loss(images, labels)
-        pooled: list[Tensor] = []
-        hook = self.network.head[-2].register_forward_hook(lambda *io: pooled.append(io[2]))
-        self.network(turned, decode=False)
-        hook.remove()
-        return loss + F.cross_entropy(self.network.turns(pooled[0]), turns)
+        count, share = len(labels), len(labels) // 8
+        (logits, reconstruction, _), features = with_features(self.network, images)
+        mse = F.mse_loss(reconstruction, self.network.normalize(images))
+        turns = self.network.turns(torch.cat([features[:share], features[count:]]))
+        truth = torch.arange(4, device=images.device).repeat_interleave(share)
+        return self.classify(logits[:count], labels) + mse + F.cross_entropy(turns.float(), truth)
+
+
+def with_features(network: DHRNet, images: Tensor) -> tuple[models.DHROutput, Tensor]:
+    """What a network returns, and the features [N, D] that its last layer takes."""
+    seen: list[Tensor] = []
+    hook = network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    output = network(images)
+    hook.remove()
+    return output, seen[0]
+
+
+@torch.no_grad()
+def confusion_by_turns(network: DHRNet, images: np.ndarray) -> np.ndarray:
+    """[N, 1] mean cross-entropy of the second head over an image's four turns."""
+    parts, device = [], network.mean.device
+    for start in range(0, len(images), 250):
+        batch = torch.from_numpy(images[start : start + 250]).to(device).permute(0, 3, 1, 2)
+        entropies = []
+        for turn in range(4):
+            turned = batch.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
+            with autocast(device):
+                logits = network.turns(with_features(network, turned)[1])
+            entropies.append(-logits.float().log_softmax(dim=1)[:, turn])
+        parts.append(torch.stack(entropies).mean(dim=0))
+    return torch.cat(parts)[:, None].cpu().numpy()
 
 
 def coloured_noise(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -316,13 +372,6 @@ class OneFractal(Fractals):
         return mix(images, self.pictures, self.generator), labels
 
 
-class OneNoise(OneFractal):
-    """the same with coloured 1/f noise in place of fractals"""
-
-    def draw_pictures(self, size: int) -> np.ndarray:
-        return coloured_noise(2000, size, np.random.default_rng(0))
-
-
 class Averaged(Base):
     """weights averaged over the second half, where the rate stays at a plateau"""
 
@@ -347,17 +396,23 @@ class AveragedFractal(Averaged, OneFractal):
     """half of the images mixed once with a fractal, and weights averaged, as in `deep`"""
 
 
-class AveragedNoise(Averaged, OneNoise):
-    """half of the images mixed once with noise, and weights averaged"""
+class TurnsFractal(Turns, OneFractal):
+    """the same, and half of the images mixed once with a fractal"""
+
+
+class AveragedNoise(AveragedFractal):
+    """half of the images mixed once with coloured noise, and weights averaged"""
+
+    def draw_pictures(self, size: int) -> np.ndarray:
+        return coloured_noise(2000, size, np.random.default_rng(0))
 
 
 VARIANTS = {
     "base": Base, "softmax": Softmax, "t2fnorm": T2FNorm, "wide": Wide, "nesterov": Nesterov,
     "slow-nesterov": SlowNesterov, "lookahead": Lookahead, "shuffled": Shuffled, "turned": Turned,
-    "turned-half": TurnedHalf, "turned-or-shuffled": TurnedOrShuffled,
-    "turns": Turns, "fractals": Fractals, "one-fractal": OneFractal, "one-noise": OneNoise,
-    "no-cutout": NoCutout, "averaged": Averaged, "averaged-fractal": AveragedFractal,
-    "averaged-noise": AveragedNoise,
+    "turned-half": TurnedHalf, "turned-or-shuffled": TurnedOrShuffled, "turns": Turns,
+    "turns-fractal": TurnsFractal, "fractals": Fractals, "one-fractal": OneFractal,
+    "averaged": Averaged, "averaged-fractal": AveragedFractal, "averaged-noise": AveragedNoise,
 }  # fmt: skip
 
 
@@ -405,7 +460,7 @@ def train(
     bar = tqdm(total=epochs * per_epoch, desc=variant.__name__, leave=False)
     for epoch in range(epochs):
         drawn = batches(
-            images, labels, BATCH_SIZE, True, "shift", recipe.cutout, seed,
+            images, labels, BATCH_SIZE, True, "shift", CUTOUT, seed,
             epoch + (EPOCHS if start else 0),
         )  # fmt: skip
         for step, (batch, label) in enumerate(drawn, epoch * per_epoch):
@@ -460,28 +515,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == "base":
                 torch.save(network.state_dict(), weights)
             store(network, sets, path)
+            if hasattr(network, "turns"):
+                add_turns(network, sets, path)
             known = json.loads(costs.read_text()) if costs.exists() else {}
             costs.write_text(json.dumps(known | {name: pflop}))
             print(f"{name} {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     show(runs, args.seeds, args.folder)
 
 
-class Spread(DHROpenMax):
-    """The rule with another evidence, -||y - mean of y||: something unknown excites all classes
-    alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
-    there."""
-
-    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
-        _, distances = super().tests(logits, latents_max).T
-        spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
-        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
+def add_turns(network: DHRNet, sets: dict[str, ImageSet], path: Path) -> None:
+    """Store `confusion_by_turns` in place of the average latents, which no rule here takes."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    for name, images in sets.items():
+        arrays[f"{name}/latents_avg"] = confusion_by_turns(network, images.images)
+    np.savez(path, **arrays)
 
 
 def show(runs: dict[str, type[Base]], seeds: Sequence[int], folder: Path) -> None:
     """One row per change: its cost, and figures in %, means over the seeds."""
     costs = json.loads((folder / "costs.json").read_text())
-    rules = ("dhr_openmax", "spread")
-    titles = ["dhr_openmax", "with the spread of y as evidence"]
+    rules = ("dhr_openmax", "other")
+    titles = ["dhr_openmax", "with another evidence"]
     columns = "".join(f"{column:>9}" for column in (*UNKNOWN_KINDS, "mean"))
     print(f"{'AUROC in %':38}" + "".join(f"{title:>37}" for title in titles))
     print(f"{'':19}{'PFLOP':>9}{'accuracy':>10} {columns} {columns}  best published method")
@@ -489,14 +544,15 @@ def show(runs: dict[str, type[Base]], seeds: Sequence[int], folder: Path) -> Non
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
         tests = [sets["test_known"] for sets in networks.values()]
         accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
+        rule = variant.other_rule
         figures = compare(
-            networks, lambda _: {**build_methods(OpenMaxSettings()), "spread": Spread()}
+            networks, lambda _, rule=rule: {**build_methods(OpenMaxSettings()), "other": rule()}
         )
         of = {method: mean["auroc"] for method, mean in means(figures).items()}
         row = f"{costs[name]:9.3f}{100 * accuracy:10.2f}"
-        for rule in rules:
-            areas = [figures[f"{name}, {kind}"][rule]["auroc"] for kind in UNKNOWN_KINDS]
-            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[rule]))
+        for method in rules:
+            areas = [figures[f"{name}, {kind}"][method]["auroc"] for kind in UNKNOWN_KINDS]
+            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[method]))
         best = max(of.keys() - {*rules}, key=of.__getitem__)
         print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {variant.__doc__}")
 

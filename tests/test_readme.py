@@ -210,7 +210,7 @@ def test_oscr_of_going_on_from_the_shipped_network_is_the_recorded_one():
 
 
 def test_table_of_changes_of_the_recipe_holds_the_recorded_figures():
-    *recorded, second_cycle = (RESULTS / "recipe.txt").read_text().split("\n$ ")
+    *recorded, second_cycle, _, _ = (RESULTS / "recipe.txt").read_text().split("\n$ ")
     rows = [
         f"| {seed} `{name}` | {' | '.join([*cells[:5], *cells[6:9]])} |"  # without their means
         for seed, block in enumerate(recorded)
@@ -227,6 +227,19 @@ def test_table_of_changes_of_the_recipe_holds_the_recorded_figures():
     _, plain, fractal, averaged, noise = (np.array(row[2:6], float) for row in second)
     assert all(fractal[1:] > plain[1:])
     assert averaged[0] > plain[0] > noise[0]
+
+
+def test_table_of_turns_as_evidence_holds_the_recorded_figures():
+    *_, seed_0, seed_1 = (RESULTS / "recipe.txt").read_text().split("\n$ ")
+    gains = []
+    for seed, block in enumerate((seed_0, seed_1)):
+        for row in block.splitlines()[3:]:
+            name, *cells = re.split(r"\s+(?=\d)", row)
+            assert f"| {seed} `{name}` | {' | '.join([*cells[:5], *cells[6:9]])} |" in BENCHMARKS
+        gains += [float(cells[6]) - float(cells[2]), float(cells[8]) - float(cells[4])]
+    text = " ".join(BENCHMARKS.split())
+    claim = "{:.1f} and {:.1f} points with vehicles and hoofed animals as known classes, {:.1f} and"
+    assert f"{claim} {{:.1f}} with animals".format(*gains) in text
 
 
 def test_turned_copies_lost_what_the_text_says():

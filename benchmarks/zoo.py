@@ -80,6 +80,7 @@ NETWORKS = [
     Network("digits ovr", "digits", "0,2,4,6,8,9", OVR),
     Network("digits ovr", "digits", "1,3,5,7,8,9", OVR, seed=1),
     *(Network("photos 4", "photos", "4", FRESH, seed) for seed in range(4)),
+    *(Network("photos 4 more", "photos", "4", FRESH, seed) for seed in range(4, 12)),  # later
     *(Network("photos 8", "photos", "8", FRESH, seed) for seed in range(3)),
     *(Network("photos 12", "photos", "12", FRESH, seed) for seed in range(2)),
     *(Network("photos 4 tuned", "photos", "4", TUNED, seed) for seed in range(4)),

@@ -29,6 +29,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from openood import features_of
 from zoo import (
     ANIMALS,
     DATA,
@@ -264,22 +265,16 @@ class Turns(Base):
         shown = torch.cat([images, *turned])
         return shown.contiguous(memory_format=torch.channels_last), labels
 
+    def classify(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().classify(logits[: len(labels)], labels)
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         count, share = len(labels), len(labels) // 8
-        (logits, reconstruction, _), features = with_features(self.network, images)
-        mse = F.mse_loss(reconstruction, self.network.normalize(images))
-        turns = self.network.turns(torch.cat([features[:share], features[count:]]))
+        with features_of(self.network) as seen:
+            loss = super().loss(images, labels)
+        turns = self.network.turns(torch.cat([seen[0][:share], seen[0][count:]]))
         truth = torch.arange(4, device=images.device).repeat_interleave(share)
-        return self.classify(logits[:count], labels) + mse + F.cross_entropy(turns.float(), truth)
-
-
-def with_features(network: DHRNet, images: Tensor) -> tuple[models.DHROutput, Tensor]:
-    """What a network returns, and the features [N, D] that its last layer takes."""
-    seen: list[Tensor] = []
-    hook = network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    output = network(images)
-    hook.remove()
-    return output, seen[0]
+        return loss + F.cross_entropy(turns.float(), truth)
 
 
 @torch.no_grad()
@@ -291,8 +286,9 @@ def confusion_by_turns(network: DHRNet, images: np.ndarray) -> np.ndarray:
         entropies = []
         for turn in range(4):
             turned = batch.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
-            with autocast(device):
-                logits = network.turns(with_features(network, turned)[1])
+            with autocast(device), features_of(network) as seen:
+                network(turned, decode=False)
+                logits = network.turns(seen[0])
             entropies.append(-logits.float().log_softmax(dim=1)[:, turn])
         parts.append(torch.stack(entropies).mean(dim=0))
     return torch.cat(parts)[:, None].cpu().numpy()
@@ -397,7 +393,7 @@ class AveragedFractal(Averaged, OneFractal):
 
 
 class TurnsFractal(Turns, OneFractal):
-    """the same, and half of the images mixed once with a fractal"""
+    """the head of `turns`, and half of the images mixed once with a fractal"""
 
 
 class AveragedNoise(AveragedFractal):
@@ -514,22 +510,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             network, pflop = train(variant, sets, device, seed, start)
             if name == "base":
                 torch.save(network.state_dict(), weights)
-            store(network, sets, path)
-            if hasattr(network, "turns"):
-                add_turns(network, sets, path)
+            instead = {}
+            if hasattr(network, "turns"):  # no rule here takes the average latents
+                instead = {
+                    f"{part}/latents_avg": confusion_by_turns(network, images.images)
+                    for part, images in sets.items()
+                    if part != "train"
+                }
+            store(network, sets, path, instead)
             known = json.loads(costs.read_text()) if costs.exists() else {}
             costs.write_text(json.dumps(known | {name: pflop}))
             print(f"{name} {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     show(runs, args.seeds, args.folder)
-
-
-def add_turns(network: DHRNet, sets: dict[str, ImageSet], path: Path) -> None:
-    """Store `confusion_by_turns` in place of the average latents, which no rule here takes."""
-    with np.load(path) as stored:
-        arrays = dict(stored)
-    for name, images in sets.items():
-        arrays[f"{name}/latents_avg"] = confusion_by_turns(network, images.images)
-    np.savez(path, **arrays)
 
 
 def show(runs: dict[str, type[Base]], seeds: Sequence[int], folder: Path) -> None:
@@ -544,15 +536,15 @@ def show(runs: dict[str, type[Base]], seeds: Sequence[int], folder: Path) -> Non
         networks = {f"{name} {seed}": load(folder / f"{name} {seed}.npz") for seed in seeds}
         tests = [sets["test_known"] for sets in networks.values()]
         accuracy = np.mean([np.mean(t.logits.argmax(axis=1) == t.labels) for t in tests])
-        rule = variant.other_rule
+        other = variant.other_rule
         figures = compare(
-            networks, lambda _, rule=rule: {**build_methods(OpenMaxSettings()), "other": rule()}
+            networks, lambda _, other=other: {**build_methods(OpenMaxSettings()), "other": other()}
         )
         of = {method: mean["auroc"] for method, mean in means(figures).items()}
         row = f"{costs[name]:9.3f}{100 * accuracy:10.2f}"
-        for method in rules:
-            areas = [figures[f"{name}, {kind}"][method]["auroc"] for kind in UNKNOWN_KINDS]
-            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[method]))
+        for rule in rules:
+            areas = [figures[f"{name}, {kind}"][rule]["auroc"] for kind in UNKNOWN_KINDS]
+            row += " " + "".join(f"{100 * area:9.2f}" for area in (*areas, of[rule]))
         best = max(of.keys() - {*rules}, key=of.__getitem__)
         print(f"{name:19}{row}  {best:10}{100 * of[best]:6.2f}  {variant.__doc__}")
 

@@ -326,6 +326,7 @@ def test_evaluation_without_bfloat16_units_is_as_the_text_says():
         float, re.search(claim + r" ([\d.]+) points", " ".join(README.split())).groups()
     )
     assert minutes == round(sum(seconds) / 60)
+    assert f"# 3 to {minutes:.0f} minutes" in README
     columns = list(compute_openmax.TABLE_COLUMNS)
     in_bfloat16 = json.loads((RESULTS / "evaluate.json").read_text())
     differences = [

@@ -38,11 +38,14 @@ class DHROutput(NamedTuple):
         reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was
             skipped.
         latents: one [N, 32, h_l, w_l] tensor per level, shallow to deep, all >= 0.
+        turns: [N, 4], logits of the image being turned by 0, 1, 2 or 3 quarters; None of a network
+            without that head.
     """
 
     logits: Tensor
     reconstruction: Tensor | None
     latents: tuple[Tensor, ...]
+    turns: Tensor | None
 
 
 class DHRNet(nn.Module):
@@ -62,6 +65,7 @@ class DHRNet(nn.Module):
         arch: one of `ARCHITECTURES`.
         mirrored: a mirrored image shows the same class; `logits_and_latents` then averages over
             both.
+        turns: with another head, which tells by how many quarters an image is turned.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -79,6 +83,7 @@ class DHRNet(nn.Module):
         image_size: int = 32,
         arch: str = "fast",
         mirrored: bool = True,
+        turns: bool = False,
     ) -> None:
         super().__init__()
         if arch not in ARCHITECTURES:
@@ -90,7 +95,7 @@ class DHRNet(nn.Module):
             )
         self.config: dict[str, Any] = {
             "num_classes": num_classes, "in_channels": in_channels, "image_size": image_size,
-            "arch": arch, "mirrored": mirrored,
+            "arch": arch, "mirrored": mirrored, "turns": turns,
         }  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
@@ -127,6 +132,7 @@ class DHRNet(nn.Module):
             inner = image_size - 1  # after the 2x2 whitening
             sizes = [image_size, inner // 2, inner // 4, inner // 8]
 
+        self.turn_head = nn.Linear(self.head[-1].in_features, 4) if turns else None
         self.bottlenecks = nn.ModuleList(
             nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1) for width in widths
         )
@@ -163,7 +169,8 @@ class DHRNet(nn.Module):
             x = stage(x)
             latents.append(F.relu(bottleneck(x)))
         reconstruction = self.decode(latents) if decode else None
-        return DHROutput(self.head(x), reconstruction, tuple(latents))
+        turns = self.turn_head(self.head[:-1](x)) if self.turn_head else None
+        return DHROutput(self.head(x), reconstruction, tuple(latents), turns)
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
@@ -186,7 +193,7 @@ class DHRNet(nn.Module):
         views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
         parts = []
         for view in views:
-            logits, _, latents = self(view, decode=False)
+            logits, _, latents, _ = self(view, decode=False)
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
             parts.append((logits.float(), largest.float(), average))

@@ -50,7 +50,17 @@ from open_set_data import (
     fingerprint,
     load_known,
 )
-from training import SCHEDULES, batches, build_optimizers, gflop_per_image, last_cycle, one_vs_rest
+from training import (
+    SCHEDULES,
+    TURNED_SHARE,
+    batches,
+    build_optimizers,
+    gflop_per_image,
+    last_cycle,
+    one_vs_rest,
+    turn_loss,
+    turned_copies,
+)
 
 
 class Recipe(NamedTuple):
@@ -64,11 +74,12 @@ class Recipe(NamedTuple):
     optimizer: str = "muon"
     augmentation: str = "shift"
     schedule: str = "one-cycle"
+    turns: bool = False
 
 
 RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
-    "deep": Recipe(64, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles"),
+    "deep": Recipe(64, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles", turns=True),
     "vgg": Recipe(36, 128, 0.05, "softmax", 0, "sgd", "rotate", "halving"),
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
@@ -223,13 +234,15 @@ def build_network(args: argparse.Namespace, data: KnownData) -> DHRNet:
         if channels != 3:
             raise ValueError("--arch tuned goes on from colour images; for grey ones, name another")
         start, _ = load_checkpoint(SHIPPED_NETWORK)
-        network = DHRNet(len(data.classes), channels, size, start.config["arch"], mirrored)
+        arch, turns = start.config["arch"], start.config["turns"]
+        network = DHRNet(len(data.classes), channels, size, arch, mirrored, turns)
         new, weights = network.state_dict(), start.state_dict()
         kept = [name for name in new if new[name].shape == weights[name].shape]
         taken = {name: weights[name] for name in kept if not name.startswith("head.")}
         network.load_state_dict(new | taken)
         return network
-    network = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
+    turns = RECIPES[args.arch].turns
+    network = DHRNet(len(data.classes), channels, size, args.arch, mirrored, turns)
     some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
     network.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     return network
@@ -310,6 +323,12 @@ def batches_of(
     )  # fmt: skip
 
 
+def epochs_with_turns(args: argparse.Namespace, network: DHRNet) -> range:
+    """The epochs, from 0, in which some images are also shown turned: of two cycles the second."""
+    first = last_cycle(args.epochs).start if args.schedule == "two-cycles" else 0
+    return range(first, args.epochs if network.config["turns"] else 0)
+
+
 def train(
     args: argparse.Namespace, network: DHRNet, optimizers: list[torch.optim.Optimizer],
     data: KnownData, saved: dict[str, Any], partial: Path,
@@ -324,6 +343,7 @@ def train(
     replica, averaged = replicated(network), AveragedModel(network)
     cycle = last_cycle(args.epochs * steps)
     averaged_steps = cycle[len(cycle) // 2 :] if two_cycles else ()
+    turned_epochs = epochs_with_turns(args, network)
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
@@ -338,11 +358,18 @@ def train(
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
+            if epoch in turned_epochs:
+                copies, turns = turned_copies(batch)
+                batch = torch.cat([batch, copies])
             with autocast(device):
-                logits, reconstruction, _ = replica(batch)
+                output = replica(batch)
+                logits = output.logits[: len(target)]
                 cross_entropy = loss(logits, target)
-                mse = F.mse_loss(reconstruction, network.normalize(batch))
-            (cross_entropy + args.reconstruction_weight * mse).backward()
+                mse = F.mse_loss(output.reconstruction, network.normalize(batch))
+                total = cross_entropy + args.reconstruction_weight * mse
+                if epoch in turned_epochs:
+                    total = total + turn_loss(output.turns, turns)
+            total.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -407,7 +434,8 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         for optimizer, state in zip(optimizers, saved.pop("optimizer_states"), strict=True):
             optimizer.load_state_dict(state)
     parameters, steps = sum(p.numel() for p in network.parameters()), count // args.batch_size
-    pflop = gflop_per_image(network) * steps * args.batch_size * args.epochs / 1e6
+    passes = args.epochs + len(epochs_with_turns(args, network)) / TURNED_SHARE
+    pflop = gflop_per_image(network) * steps * args.batch_size * passes / 1e6
     print(
         f"{args.arch} network, {parameters:,} parameters; {args.epochs} epochs of {steps} steps of "
         f"{args.batch_size} images, {pflop:.3g} PFLOP; {device}, {number_format(device)}"

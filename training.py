@@ -21,6 +21,7 @@ SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
 LAST_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
 PLATEAU = 0.4  # of the second cycle's peak rate
+TURNED_SHARE = 5  # a fifth of the images are also shown turned
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
@@ -182,6 +183,27 @@ def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     return entropies.sum(dim=1).mean()
 
 
+def turned_copies(images: Tensor) -> tuple[Tensor, Tensor]:
+    """A fifth of [B, C, H, W] images turned by one, two or three quarters, and by how many [N]."""
+    some = images[: -(-len(images) // TURNED_SHARE)]
+    copies = [some[n - 1 :: 3].rot90(n, (2, 3)) for n in (1, 2, 3)]
+    turns = [torch.full((len(part),), n, device=images.device) for n, part in enumerate(copies, 1)]
+    return torch.cat(copies), torch.cat(turns)
+
+
+def turn_loss(logits: Tensor, turns: Tensor) -> Tensor:
+    """Mean cross-entropy of telling by how many quarters images are turned, with equal weight for
+    each of the four: RotPred (Hendrycks et al. 2019, arXiv 1906.12340).
+
+    Args:
+        logits: [B + N, 4] of B images as they are, and of N `turned_copies`.
+        turns: [N], by how many quarters those are turned.
+    """
+    upright, copies = logits.float().tensor_split([-len(turns)])
+    zeros = turns.new_zeros(len(upright))
+    return (F.cross_entropy(upright, zeros) + 3 * F.cross_entropy(copies, turns)) / 4
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, for convolutions followed by normalisation.
 
@@ -296,6 +318,6 @@ def gflop_per_image(network: DHRNet) -> float:
     size, channels = network.config["image_size"], network.config["in_channels"]
     images = torch.zeros(1, channels, size, size, device=network.mean.device)
     with FlopCounterMode(display=False) as counter:
-        logits, reconstruction, _ = trial(images)
-        (logits.sum() + reconstruction.sum()).backward()
+        output = trial(images)
+        (output.logits.sum() + output.reconstruction.sum()).backward()
     return counter.get_total_flops() / 1e9

@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import secrets
+import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -38,8 +39,8 @@ class DHROutput(NamedTuple):
         reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was
             skipped.
         latents: one [N, 32, h_l, w_l] tensor per level, shallow to deep, all >= 0.
-        turns: [N, 4], logits of the image being turned by 0, 1, 2 or 3 quarters; None of a network
-            without that head.
+        turns: [N, 4], logits of the image being turned by 0, 1, 2 or 3 quarters; None from a
+            network without that head.
     """
 
     logits: Tensor
@@ -63,9 +64,9 @@ class DHRNet(nn.Module):
         in_channels: 1 or 3.
         image_size: height and width in pixels, 16..1024.
         arch: one of `ARCHITECTURES`.
-        mirrored: a mirrored image shows the same class; `logits_and_latents` then averages over
-            both.
-        turns: with another head, which tells by how many quarters an image is turned.
+        mirrored: a mirrored image shows the same class; `activations` then averages over both.
+        turns: add a head that tells by how many quarters an image is turned (RotPred, Hendrycks et
+            al. 2019, arXiv 1906.12340).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -132,7 +133,8 @@ class DHRNet(nn.Module):
             inner = image_size - 1  # after the 2x2 whitening
             sizes = [image_size, inner // 2, inner // 4, inner // 8]
 
-        self.turn_head = nn.Linear(self.head[-1].in_features, 4) if turns else None
+        features = 1024 if arch == "vgg" else third
+        self.turn_head = nn.Linear(features, 4) if turns else None
         self.bottlenecks = nn.ModuleList(
             nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1) for width in widths
         )
@@ -169,8 +171,9 @@ class DHRNet(nn.Module):
             x = stage(x)
             latents.append(F.relu(bottleneck(x)))
         reconstruction = self.decode(latents) if decode else None
-        turns = self.turn_head(self.head[:-1](x)) if self.turn_head else None
-        return DHROutput(self.head(x), reconstruction, tuple(latents), turns)
+        features = self.head[:-1](x)
+        turns = self.turn_head(features) if self.turn_head is not None else None
+        return DHROutput(self.head[-1](features), reconstruction, tuple(latents), turns)
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
@@ -178,27 +181,35 @@ class DHRNet(nn.Module):
         x = self.deconvs[1](self.expansions[1](latents[1]) + F.relu(x))
         return self.deconvs[0](self.expansions[0](latents[0]) + F.relu(x))
 
-    def logits_and_latents(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What classification and OpenMax need of images, without the decoder.
+    def activations(self, images: Tensor, turns: bool = True) -> tuple[Tensor, ...]:
+        """What classification and open-set recognition need of images, without the decoder.
 
-        Where `mirrored`, everything is averaged over the image and its mirror image.
+        Where `mirrored`, logits and latents are averaged over the image and its mirror image.
 
         Args:
             images: as for `forward`.
+            turns: False skips the turned copies, which take three passes more.
 
         Returns:
-            logits [N, K], and the latents of all levels, shallow to deep, max-pooled and
-            average-pooled over space, each [N, 96]; float32.
+            logits [N, K]; the latents of all levels, shallow to deep, max-pooled and
+            average-pooled over space, each [N, 96]; and the turn loss [N], the mean cross-entropy
+            of telling by how many quarters the image and its three turned copies are turned, or 0
+            without that head. All are float32.
         """
         views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
+        outputs = [self(view, decode=False) for view in views]
         parts = []
-        for view in views:
-            logits, _, latents, _ = self(view, decode=False)
+        for logits, _, latents, _ in outputs:
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
             parts.append((logits.float(), largest.float(), average))
-        logits, largest, average = (torch.stack(part).mean(dim=0) for part in zip(*parts))  # noqa: B905
-        return logits, largest, average
+        turn_loss = torch.zeros(images.shape[0], device=images.device)
+        if turns and self.turn_head is not None:
+            copies = [self(images.rot90(n, (2, 3)), decode=False) for n in (1, 2, 3)]
+            told = [output.turns.float() for output in (outputs[0], *copies)]
+            losses = [-logits.log_softmax(dim=1)[:, n] for n, logits in enumerate(told)]
+            turn_loss = torch.stack(losses).mean(dim=0)
+        return (*(torch.stack(part).mean(dim=0) for part in zip(*parts)), turn_loss)  # noqa: B905
 
     @torch.no_grad()
     def fit_input_statistics(self, images: Tensor) -> None:
@@ -383,3 +394,13 @@ def software_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def git_commit() -> str:
+    """This code's commit, `+` where files were changed since; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
+               "--exclude=*", "--dirty=+"]  # fmt: skip
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        return ""

@@ -13,7 +13,6 @@ the open-set rule fitted to the network, and its course is drawn in OUT.png.
 import argparse
 import math
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from models import (
     NETWORK_KEYS,
     DHRNet,
     check_writable,
+    git_commit,
     load_checkpoint,
     replace_file,
     save_checkpoint,
@@ -52,14 +52,15 @@ from open_set_data import (
 )
 from training import (
     SCHEDULES,
-    TURNED_SHARE,
     batches,
+    broken_step,
     build_optimizers,
-    gflop_per_image,
     last_cycle,
     one_vs_rest,
+    pflop_of_training,
     turn_loss,
-    turned_copies,
+    turned_epochs,
+    with_turned_copies,
 )
 
 
@@ -150,28 +151,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def accuracy_on(network: DHRNet, images: ImageSet, batch_size: int) -> float:
     """Share of images in 0..1 whose largest logit is their label's."""
-    logits = extract(network.eval(), images, batch_size).logits
+    logits = extract(network.eval(), images, batch_size, turns=False).logits
     return float(np.mean(logits.argmax(axis=1) == images.labels))
-
-
-def broken_step(losses: Tensor, network: DHRNet) -> int:
-    """1-based index of the first step with a non-finite loss; the last step if only weights are
-    bad; 0 if none."""
-    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad_steps):
-        return 1 + int(bad_steps[0])
-    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
-    return 0 if finite else len(losses)
-
-
-def git_commit() -> str:
-    """This code's commit, `+` where files were changed since; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
-               "--exclude=*", "--dirty=+"]  # fmt: skip
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # git is not installed
-        return ""
 
 
 def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> None:
@@ -269,7 +250,7 @@ def finish(
     """Write the trained network with its open-set rule, and draw the course of the run."""
     network.eval()
     train, val = (
-        extract(network, images, args.batch_size, title)
+        extract(network, images, args.batch_size, title, turns=title == "val")
         for title, images in (("train", data.train), ("val", data.val))
     )
     try:
@@ -311,22 +292,19 @@ def next_steps(args: argparse.Namespace) -> str:
 
 def batches_of(
     args: argparse.Namespace, network: DHRNet, images: Tensor, labels: Tensor, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in, but for the
-    last ones."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The batches of an epoch, from 0: images, their labels, and the turns of the copies that
+    follow the images, if any. Those of a second cycle have fractals mixed in, but for the last."""
     pictures = None
     if args.schedule == "two-cycles" and epoch in last_cycle(args.epochs):
         pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
-    return batches(
+    turned = epoch in turned_epochs(network, args.schedule, args.epochs)
+    for batch, target in batches(
         images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
         args.cutout, args.seed, epoch, pictures,
-    )  # fmt: skip
-
-
-def epochs_with_turns(args: argparse.Namespace, network: DHRNet) -> range:
-    """The epochs, from 0, in which some images are also shown turned: of two cycles the second."""
-    first = last_cycle(args.epochs).start if args.schedule == "two-cycles" else 0
-    return range(first, args.epochs if network.config["turns"] else 0)
+    ):  # fmt: skip
+        shown, turns = with_turned_copies(batch) if turned else (batch, target[:0])
+        yield shown, target, turns
 
 
 def train(
@@ -343,7 +321,6 @@ def train(
     replica, averaged = replicated(network), AveragedModel(network)
     cycle = last_cycle(args.epochs * steps)
     averaged_steps = cycle[len(cycle) // 2 :] if two_cycles else ()
-    turned_epochs = epochs_with_turns(args, network)
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
@@ -354,22 +331,17 @@ def train(
         network.train()
         drawn = batches_of(args, network, images, labels, epoch)
         bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
-        for step, (batch, target) in enumerate(bar, epoch * steps):
+        for step, (batch, target, turns) in enumerate(bar, epoch * steps):
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
-            if epoch in turned_epochs:
-                copies, turns = turned_copies(batch)
-                batch = torch.cat([batch, copies])
             with autocast(device):
                 output = replica(batch)
                 logits = output.logits[: len(target)]
                 cross_entropy = loss(logits, target)
                 mse = F.mse_loss(output.reconstruction, network.normalize(batch))
-                total = cross_entropy + args.reconstruction_weight * mse
-                if epoch in turned_epochs:
-                    total = total + turn_loss(output.turns, turns)
-            total.backward()
+                turning = turn_loss(output.turns, turns)
+            (cross_entropy + args.reconstruction_weight * mse + turning).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -434,8 +406,7 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         for optimizer, state in zip(optimizers, saved.pop("optimizer_states"), strict=True):
             optimizer.load_state_dict(state)
     parameters, steps = sum(p.numel() for p in network.parameters()), count // args.batch_size
-    passes = args.epochs + len(epochs_with_turns(args, network)) / TURNED_SHARE
-    pflop = gflop_per_image(network) * steps * args.batch_size * passes / 1e6
+    pflop = pflop_of_training(network, steps * args.batch_size, args.epochs, args.schedule)
     print(
         f"{args.arch} network, {parameters:,} parameters; {args.epochs} epochs of {steps} steps of "
         f"{args.batch_size} images, {pflop:.3g} PFLOP; {device}, {number_format(device)}"

@@ -38,7 +38,8 @@ def activations(rng, count, known=True):
         logits[np.arange(count), labels] += 8
         latents[:, :3] += 5 * np.eye(3)[labels]
     arrays = (array.astype(np.float32) for array in (logits, latents + 1, latents))
-    return Activations(labels if known else np.full(count, UNKNOWN), *arrays)
+    turn_loss = np.zeros(count, np.float32)
+    return Activations(labels if known else np.full(count, UNKNOWN), *arrays, turn_loss)
 
 
 def evaluation(classes=CLASSES, unknown_sets=("svhn",)):

@@ -19,7 +19,7 @@ from distributed import rank
 from models import LATENT_CHANNELS, DHRNet, load_checkpoint, replace_file
 from open_set_data import ImageSet, ImagesUnavailable
 
-CACHE_VERSION = 2  # raise it when the network computes something else from the same checkpoint
+CACHE_VERSION = 1  # raise it when the network computes something else from the same checkpoint
 SHIPPED_PATH = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
 
 
@@ -32,15 +32,12 @@ class Activations(NamedTuple):
         latents_max: [N, 32 L] float32, the latents of L levels, shallow to deep, max-pooled over
             space.
         latents_avg: [N, 32 L] float32, the same averaged over space.
-        turn_loss: [N] float32, how badly the network tells which way up the image is, see
-            `DHRNet.activations`; 0 where it has no head for that, or was not asked.
     """
 
     labels: np.ndarray
     logits: np.ndarray
     latents_max: np.ndarray
     latents_avg: np.ndarray
-    turn_loss: np.ndarray
 
     def vectors(self, latents: str) -> np.ndarray:
         """[y, z], [N, K + 32 L], with z pooled by `max` or `avg`; y alone for `none`."""
@@ -107,7 +104,7 @@ def keep_freed_memory() -> None:
 
 @torch.no_grad()
 def extract(
-    network: DHRNet, images: ImageSet, batch_size: int, title: str | None = None, turns: bool = True
+    network: DHRNet, images: ImageSet, batch_size: int, title: str | None = None
 ) -> Activations:
     """Run a network, decoder skipped, over an image set.
 
@@ -117,12 +114,11 @@ def extract(
         batch_size: images sent to the device at once; may move a score by 1e-4, since another size
             takes other kernels, which round differently.
         title: of the progress bar; None shows none.
-        turns: with `turn_loss`, which no method needs of training images.
     """
     device, count = network.mean.device, len(images.labels)
     latents = LATENT_CHANNELS * len(network.bottlenecks)
-    shapes = ((network.config["num_classes"],), (latents,), (latents,), ())
-    arrays = [np.empty((count, *shape), np.float32) for shape in shapes]
+    widths = (network.config["num_classes"], latents, latents)
+    arrays = [np.empty((count, width), np.float32) for width in widths]
     bar = tqdm(
         total=count, desc=title, unit="img", unit_scale=True, leave=False,
         disable=title is None or rank() > 0,
@@ -130,7 +126,7 @@ def extract(
     for start in range(0, count, batch_size):
         batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
         with autocast(device):
-            parts = network.activations(batch.permute(0, 3, 1, 2), turns)
+            parts = network.logits_and_latents(batch.permute(0, 3, 1, 2))
         for array, part in zip(arrays, parts, strict=True):
             array[start : start + batch_size] = part.cpu().numpy()
         bar.update(len(batch))
@@ -182,8 +178,8 @@ def write_shipped(
 ) -> None:
     """Write the arrays that ship with a checkpoint, for machines without images or network.
 
-    Logits and turn losses are stored as float16, latents as uint8 between their smallest and
-    largest value over all sets, which moves no figure of the table by more than 0.002.
+    Logits are stored as float16, latents as uint8 between their smallest and largest value over all
+    sets, which moves no figure of the table by more than 0.002.
     """
     arrays = {"checkpoint": np.array(checkpoint_sha256)}
     for field in ("latents_max", "latents_avg"):
@@ -195,7 +191,6 @@ def write_shipped(
     for name, activations in sets.items():
         arrays[f"{name}/labels"] = activations.labels.astype(np.int16)
         arrays[f"{name}/logits"] = activations.logits.astype(np.float16)
-        arrays[f"{name}/turn_loss"] = activations.turn_loss.astype(np.float16)
     replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
@@ -220,9 +215,9 @@ def load_shipped(
                     low, high = stored[f"range/{field}"]
                     latents.append(low + stored[f"{name}/{field}"] * ((high - low) / 255))
                 labels, logits = stored[f"{name}/labels"], stored[f"{name}/logits"]
-                turn_loss = stored.get(f"{name}/turn_loss", np.zeros(len(labels)))
-                parts = [logits.astype(np.float32), *latents, turn_loss.astype(np.float32)]
-                sets[name] = Activations(labels.astype(np.int64), *parts)
+                sets[name] = Activations(
+                    labels.astype(np.int64), logits.astype(np.float32), *latents
+                )
             return sets
     except ImagesUnavailable:
         raise

@@ -269,8 +269,7 @@ def extract_or_load(
     args: argparse.Namespace, network: DHRNet, sha256: str, name: str, images: ImageSet
 ) -> Activations:
     """Activations of an image set: from the cache, or each process extracts its share."""
-    turns = name != "train"
-    extract_share = partial(extract, network, batch_size=args.batch_size, title=name, turns=turns)
+    extract_share = partial(extract, network, batch_size=args.batch_size, title=name)
     extract_all = partial(shared_out, extract_share, images)
     if args.no_cache:
         return extract_all()

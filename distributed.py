@@ -99,6 +99,4 @@ def shared_out(function: Callable[[Any], Any], arrays: Any) -> Any:
 
 def replicated(model: nn.Module) -> nn.Module:
     """The model, its gradients averaged over the processes whenever they are computed."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, find_unused_parameters=True)  # a head may be idle
+    return DistributedDataParallel(model) if world_size() > 1 else model

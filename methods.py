@@ -101,22 +101,16 @@ class OpenMaxMethod(Method):
 
 
 class DHROpenMax(nn.Module):
-    """This project's rule: three tests of an image, each against the held-out validation images.
+    """This project's rule: two tests of an image, each against the held-out validation images.
 
     Evidence: -||y||. A picture of something unknown excites no class much, and pushes none away.
     Membership: the Mahalanobis distance of [y, z], z max-pooled as in CROSR, to the mean over the
     predicted class. It finds wrong colours and textures however sure the logits are.
-    Orientation: the turn loss t, from a network with a head for it. A network cannot tell which way
-    up something unknown belongs.
 
     Weibulls, fitted to the evidence of all validation images and to the tail of their distances,
-    give the probability 1 - w that a known image lies that far out. Fisher's method adds both up.
-    To these comes, but for a constant, a quarter of the log likelihood ratio of t between two
-    exponential distributions, whose means are log 4, that of a guess, and m, that of the
-    validation images:
+    give the probability 1 - w that a known image lies that far out. Fisher's method adds both up:
 
-        log odds = log(p_unknown / (1 - p_unknown))
-                 = sum over both of -log(1 - w) + t (1 / m - 1 / log 4) / 4 - offset.
+        log odds = log(p_unknown / (1 - p_unknown)) = sum over both of -log(1 - w) - offset.
 
     The offset puts the accepted share of validation images at odds below 1, so that the threshold
     is 0 and p_unknown > 1/2 decides. The other probabilities are softmax(y) (1 - p_unknown): the
@@ -132,16 +126,14 @@ class DHROpenMax(nn.Module):
         means: [K, K + 32 L], of [y, z].
         whitening: [K + 32 L, K + 32 L], `openmax.whitening` of [y, z].
         tails: [3, 2], scale, shape and location of both Weibulls.
-        turn_weight: scalar >= 0, of the turn loss; 0 for a network without that head.
         offset: scalar.
     """
 
-    BUFFERS = ("means", "whitening", "tails", "turn_weight", "offset")
+    BUFFERS = ("means", "whitening", "tails", "offset")
     threshold_ = 0.0
     means: Tensor
     whitening: Tensor
     tails: Tensor
-    turn_weight: Tensor
     offset: Tensor
 
     def __init__(self, tail_size: int = TAIL_SIZE) -> None:
@@ -162,11 +154,9 @@ class DHROpenMax(nn.Module):
         groups = correctly_classified(vectors, train.logits, train.labels, names)
         means = np.stack([group.mean(axis=0) for group in groups])
         self._set(means=means, whitening=whitening(groups, means))
-        evidence, distances = self.tests(*_tensors(val)[:2]).T.numpy()
+        evidence, distances = self.tests(*_tensors(val)).T.numpy()
         tail = fit_weibulls([distances], self.tail_size, ["validation"])
         self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
-        mean, guess = val.turn_loss.mean(dtype=np.float64), math.log(4)
-        self._set(turn_weight=(1 / mean - 1 / guess) / 4 if 0 < mean < guess else 0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness))
         return self
 
@@ -182,20 +172,16 @@ class DHROpenMax(nn.Module):
         distances = torch.linalg.vector_norm(offsets @ self.whitening, dim=1)
         return torch.stack([evidence, distances], dim=1)
 
-    def forward(
-        self, logits: Tensor, latents_max: Tensor, turn_loss: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, latents_max: Tensor) -> tuple[Tensor, Tensor]:
         """Log odds [N] of being unknown, and probabilities [N, K + 1], the unknown class last.
 
         Args:
             logits: [N, K].
             latents_max: [N, 32 L], max-pooled latents, level by level.
-            turn_loss: [N], as in `Activations`.
         """
         scale, shape, location = self.tails
         hazards = ((self.tests(logits, latents_max) - location).clamp_min(0) / scale).pow(shape)
         log_odds = hazards.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
-        log_odds = log_odds + self.turn_weight * turn_loss
         known = (-log_odds).clamp_min(-600).sigmoid()[:, None]  # never 0, which would tie classes
         known = logits.double().softmax(dim=1) * known
         return log_odds, torch.hstack([known, log_odds.sigmoid()[:, None]])
@@ -206,8 +192,8 @@ class DHROpenMax(nn.Module):
         return Scores(log_odds.numpy(), probabilities.numpy())
 
 
-def _tensors(images: Activations) -> list[Tensor]:
-    return [torch.from_numpy(a) for a in (images.logits, images.latents_max, images.turn_loss)]
+def _tensors(images: Activations) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images.logits), torch.from_numpy(images.latents_max)
 
 
 def acceptance_interval(count: int, share: float = ACCEPTED_SHARE) -> tuple[float, float]:
@@ -240,12 +226,12 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
     """
     rule = DHROpenMax()
     try:
-        state = {"turn_weight": torch.zeros(())} | checkpoint["open_set_rule"]  # older: without it
+        state = checkpoint["open_set_rule"]
         for name in DHROpenMax.BUFFERS:
             setattr(rule, name, state[name].double())
         num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
-        shapes = (1, num_classes), (1, LATENT_CHANNELS * levels), (1,)
-        log_odds, probabilities = rule(*map(torch.zeros, shapes))
+        zeros = torch.zeros(1, num_classes), torch.zeros(1, LATENT_CHANNELS * levels)
+        log_odds, probabilities = rule(*zeros)
         if probabilities.shape != (1, num_classes + 1) or not log_odds.isfinite().all():
             raise ValueError(f"it does not have the network's {num_classes} classes")
     except Exception as error:  # a foreign file can fail in any way
@@ -268,5 +254,5 @@ class Recogniser(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, K + 1], the unknown class last, of images as for `DHRNet`."""
-        logits, latents_max, _, turn_loss = self.network.activations(images)
-        return self.rule(logits, latents_max, turn_loss)[1]
+        logits, latents_max, _ = self.network.logits_and_latents(images)
+        return self.rule(logits, latents_max)[1]

@@ -11,7 +11,6 @@ import os
 import pickle
 import platform
 import secrets
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -39,14 +38,11 @@ class DHROutput(NamedTuple):
         reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was
             skipped.
         latents: one [N, 32, h_l, w_l] tensor per level, shallow to deep, all >= 0.
-        turns: [N, 4], logits of the image being turned by 0, 1, 2 or 3 quarters; None from a
-            network without that head.
     """
 
     logits: Tensor
     reconstruction: Tensor | None
     latents: tuple[Tensor, ...]
-    turns: Tensor | None
 
 
 class DHRNet(nn.Module):
@@ -64,9 +60,8 @@ class DHRNet(nn.Module):
         in_channels: 1 or 3.
         image_size: height and width in pixels, 16..1024.
         arch: one of `ARCHITECTURES`.
-        mirrored: a mirrored image shows the same class; `activations` then averages over both.
-        turns: add a head that tells by how many quarters an image is turned (RotPred, Hendrycks et
-            al. 2019, arXiv 1906.12340).
+        mirrored: a mirrored image shows the same class; `logits_and_latents` then averages over
+            both.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -84,7 +79,6 @@ class DHRNet(nn.Module):
         image_size: int = 32,
         arch: str = "fast",
         mirrored: bool = True,
-        turns: bool = False,
     ) -> None:
         super().__init__()
         if arch not in ARCHITECTURES:
@@ -96,7 +90,7 @@ class DHRNet(nn.Module):
             )
         self.config: dict[str, Any] = {
             "num_classes": num_classes, "in_channels": in_channels, "image_size": image_size,
-            "arch": arch, "mirrored": mirrored, "turns": turns,
+            "arch": arch, "mirrored": mirrored,
         }  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
@@ -133,8 +127,6 @@ class DHRNet(nn.Module):
             inner = image_size - 1  # after the 2x2 whitening
             sizes = [image_size, inner // 2, inner // 4, inner // 8]
 
-        features = 1024 if arch == "vgg" else third
-        self.turn_head = nn.Linear(features, 4) if turns else None
         self.bottlenecks = nn.ModuleList(
             nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1) for width in widths
         )
@@ -171,9 +163,7 @@ class DHRNet(nn.Module):
             x = stage(x)
             latents.append(F.relu(bottleneck(x)))
         reconstruction = self.decode(latents) if decode else None
-        features = self.head[:-1](x)
-        turns = self.turn_head(features) if self.turn_head is not None else None
-        return DHROutput(self.head[-1](features), reconstruction, tuple(latents), turns)
+        return DHROutput(self.head(x), reconstruction, tuple(latents))
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
@@ -181,35 +171,27 @@ class DHRNet(nn.Module):
         x = self.deconvs[1](self.expansions[1](latents[1]) + F.relu(x))
         return self.deconvs[0](self.expansions[0](latents[0]) + F.relu(x))
 
-    def activations(self, images: Tensor, turns: bool = True) -> tuple[Tensor, ...]:
-        """What classification and open-set recognition need of images, without the decoder.
+    def logits_and_latents(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What classification and OpenMax need of images, without the decoder.
 
-        Where `mirrored`, logits and latents are averaged over the image and its mirror image.
+        Where `mirrored`, everything is averaged over the image and its mirror image.
 
         Args:
             images: as for `forward`.
-            turns: False skips the turned copies, which take three passes more.
 
         Returns:
-            logits [N, K]; the latents of all levels, shallow to deep, max-pooled and
-            average-pooled over space, each [N, 96]; and the turn loss [N], the mean cross-entropy
-            of telling by how many quarters the image and its three turned copies are turned, or 0
-            without that head. All are float32.
+            logits [N, K], and the latents of all levels, shallow to deep, max-pooled and
+            average-pooled over space, each [N, 96]; float32.
         """
         views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
-        outputs = [self(view, decode=False) for view in views]
         parts = []
-        for logits, _, latents, _ in outputs:
+        for view in views:
+            logits, _, latents = self(view, decode=False)
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
             parts.append((logits.float(), largest.float(), average))
-        turn_loss = torch.zeros(images.shape[0], device=images.device)
-        if turns and self.turn_head is not None:
-            copies = [self(images.rot90(n, (2, 3)), decode=False) for n in (1, 2, 3)]
-            told = [output.turns.float() for output in (outputs[0], *copies)]
-            losses = [-logits.log_softmax(dim=1)[:, n] for n, logits in enumerate(told)]
-            turn_loss = torch.stack(losses).mean(dim=0)
-        return (*(torch.stack(part).mean(dim=0) for part in zip(*parts)), turn_loss)  # noqa: B905
+        logits, largest, average = (torch.stack(part).mean(dim=0) for part in zip(*parts))  # noqa: B905
+        return logits, largest, average
 
     @torch.no_grad()
     def fit_input_statistics(self, images: Tensor) -> None:
@@ -394,13 +376,3 @@ def software_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def git_commit() -> str:
-    """This code's commit, `+` where files were changed since; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
-               "--exclude=*", "--dirty=+"]  # fmt: skip
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # git is not installed
-        return ""

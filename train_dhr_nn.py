@@ -13,6 +13,7 @@ the open-set rule fitted to the network, and its course is drawn in OUT.png.
 import argparse
 import math
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +37,6 @@ from models import (
     NETWORK_KEYS,
     DHRNet,
     check_writable,
-    git_commit,
     load_checkpoint,
     replace_file,
     save_checkpoint,
@@ -50,18 +50,7 @@ from open_set_data import (
     fingerprint,
     load_known,
 )
-from training import (
-    SCHEDULES,
-    batches,
-    broken_step,
-    build_optimizers,
-    last_cycle,
-    one_vs_rest,
-    pflop_of_training,
-    turn_loss,
-    turned_epochs,
-    with_turned_copies,
-)
+from training import SCHEDULES, batches, build_optimizers, gflop_per_image, last_cycle, one_vs_rest
 
 
 class Recipe(NamedTuple):
@@ -75,12 +64,11 @@ class Recipe(NamedTuple):
     optimizer: str = "muon"
     augmentation: str = "shift"
     schedule: str = "one-cycle"
-    turns: bool = False
 
 
 RECIPES = {
     "fast": Recipe(epochs=11, batch_size=500, lr=0.1, loss="softmax", cutout=0),
-    "deep": Recipe(64, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles", turns=True),
+    "deep": Recipe(64, 1000, 0.2, "one-vs-rest", 12, schedule="two-cycles"),
     "vgg": Recipe(36, 128, 0.05, "softmax", 0, "sgd", "rotate", "halving"),
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
@@ -151,8 +139,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def accuracy_on(network: DHRNet, images: ImageSet, batch_size: int) -> float:
     """Share of images in 0..1 whose largest logit is their label's."""
-    logits = extract(network.eval(), images, batch_size, turns=False).logits
+    logits = extract(network.eval(), images, batch_size).logits
     return float(np.mean(logits.argmax(axis=1) == images.labels))
+
+
+def broken_step(losses: Tensor, network: DHRNet) -> int:
+    """1-based index of the first step with a non-finite loss; the last step if only weights are
+    bad; 0 if none."""
+    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad_steps):
+        return 1 + int(bad_steps[0])
+    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
+    return 0 if finite else len(losses)
+
+
+def git_commit() -> str:
+    """This code's commit, `+` where files were changed since; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
+               "--exclude=*", "--dirty=+"]  # fmt: skip
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        return ""
 
 
 def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> None:
@@ -215,15 +223,13 @@ def build_network(args: argparse.Namespace, data: KnownData) -> DHRNet:
         if channels != 3:
             raise ValueError("--arch tuned goes on from colour images; for grey ones, name another")
         start, _ = load_checkpoint(SHIPPED_NETWORK)
-        arch, turns = start.config["arch"], start.config["turns"]
-        network = DHRNet(len(data.classes), channels, size, arch, mirrored, turns)
+        network = DHRNet(len(data.classes), channels, size, start.config["arch"], mirrored)
         new, weights = network.state_dict(), start.state_dict()
         kept = [name for name in new if new[name].shape == weights[name].shape]
         taken = {name: weights[name] for name in kept if not name.startswith("head.")}
         network.load_state_dict(new | taken)
         return network
-    turns = RECIPES[args.arch].turns
-    network = DHRNet(len(data.classes), channels, size, args.arch, mirrored, turns)
+    network = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
     some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
     network.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     return network
@@ -250,7 +256,7 @@ def finish(
     """Write the trained network with its open-set rule, and draw the course of the run."""
     network.eval()
     train, val = (
-        extract(network, images, args.batch_size, title, turns=title == "val")
+        extract(network, images, args.batch_size, title)
         for title, images in (("train", data.train), ("val", data.val))
     )
     try:
@@ -292,19 +298,16 @@ def next_steps(args: argparse.Namespace) -> str:
 
 def batches_of(
     args: argparse.Namespace, network: DHRNet, images: Tensor, labels: Tensor, epoch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches of an epoch, from 0: images, their labels, and the turns of the copies that
-    follow the images, if any. Those of a second cycle have fractals mixed in, but for the last."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in, but for the
+    last ones."""
     pictures = None
     if args.schedule == "two-cycles" and epoch in last_cycle(args.epochs):
         pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
-    turned = epoch in turned_epochs(network, args.schedule, args.epochs)
-    for batch, target in batches(
+    return batches(
         images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
         args.cutout, args.seed, epoch, pictures,
-    ):  # fmt: skip
-        shown, turns = with_turned_copies(batch) if turned else (batch, target[:0])
-        yield shown, target, turns
+    )  # fmt: skip
 
 
 def train(
@@ -331,17 +334,15 @@ def train(
         network.train()
         drawn = batches_of(args, network, images, labels, epoch)
         bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
-        for step, (batch, target, turns) in enumerate(bar, epoch * steps):
+        for step, (batch, target) in enumerate(bar, epoch * steps):
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
             with autocast(device):
-                output = replica(batch)
-                logits = output.logits[: len(target)]
+                logits, reconstruction, _ = replica(batch)
                 cross_entropy = loss(logits, target)
-                mse = F.mse_loss(output.reconstruction, network.normalize(batch))
-                turning = turn_loss(output.turns, turns)
-            (cross_entropy + args.reconstruction_weight * mse + turning).backward()
+                mse = F.mse_loss(reconstruction, network.normalize(batch))
+            (cross_entropy + args.reconstruction_weight * mse).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -406,7 +407,7 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         for optimizer, state in zip(optimizers, saved.pop("optimizer_states"), strict=True):
             optimizer.load_state_dict(state)
     parameters, steps = sum(p.numel() for p in network.parameters()), count // args.batch_size
-    pflop = pflop_of_training(network, steps * args.batch_size, args.epochs, args.schedule)
+    pflop = gflop_per_image(network) * steps * args.batch_size * args.epochs / 1e6
     print(
         f"{args.arch} network, {parameters:,} parameters; {args.epochs} epochs of {steps} steps of "
         f"{args.batch_size} images, {pflop:.3g} PFLOP; {device}, {number_format(device)}"

@@ -21,7 +21,6 @@ SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
 LAST_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
 PLATEAU = 0.4  # of the second cycle's peak rate
-TURNED_SHARE = 5  # one image in so many is also shown turned
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
@@ -183,31 +182,6 @@ def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     return entropies.sum(dim=1).mean()
 
 
-def with_turned_copies(images: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, C, H, W] images, with N copies, a fifth, turned by one, two or three quarters; and by how
-    many [N]."""
-    some = images[: -(-len(images) // TURNED_SHARE)]
-    copies = [some[n - 1 :: 3].rot90(n, (2, 3)) for n in (1, 2, 3)]
-    turns = [torch.full((len(part),), n, device=images.device) for n, part in enumerate(copies, 1)]
-    shown = torch.cat([images, *copies]).contiguous(memory_format=torch.channels_last)
-    return shown, torch.cat(turns)
-
-
-def turn_loss(logits: Tensor, turns: Tensor) -> Tensor:
-    """Mean cross-entropy of telling by how many quarters images are turned, with equal weight for
-    each of the four (RotPred, Hendrycks et al. 2019, arXiv 1906.12340).
-
-    Args:
-        logits: [B + N, 4] of B images as they are, and N turned ones.
-        turns: [N], by how many quarters those are turned; the loss is 0 if there are none.
-    """
-    if not len(turns):
-        return torch.zeros((), device=turns.device)
-    upright, turned = logits.float().tensor_split([-len(turns)])
-    zeros = turns.new_zeros(len(upright))
-    return (F.cross_entropy(upright, zeros) + 3 * F.cross_entropy(turned, turns)) / 4
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, for convolutions followed by normalisation.
 
@@ -307,13 +281,6 @@ def last_cycle(total: int) -> range:
     return range(round(first * total), round(last * total))
 
 
-def turned_epochs(network: DHRNet, schedule: str, epochs: int) -> range:
-    """Which epochs, from 0, show turned copies: none without a head for them; of two cycles the
-    second, its fall included."""
-    first = last_cycle(epochs).start if schedule == "two-cycles" else 0
-    return range(first, epochs) if network.config["turns"] else range(0)
-
-
 def plateau(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: one cycle that falls no lower than `PLATEAU`, where weights
     are averaged."""
@@ -323,28 +290,12 @@ def plateau(step: int, total_steps: int) -> float:
 SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}
 
 
-def broken_step(losses: Tensor, network: DHRNet) -> int:
-    """1-based index of the first step with a non-finite loss; the last step if only weights are
-    bad; 0 if none."""
-    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad_steps):
-        return 1 + int(bad_steps[0])
-    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
-    return 0 if finite else len(losses)
-
-
-def pflop_of_training(network: DHRNet, images: int, epochs: int, schedule: str) -> float:
-    """Forward and backward operations of all epochs with so many images each."""
-    passes = epochs + len(turned_epochs(network, schedule, epochs)) / TURNED_SHARE
-    return gflop_per_image(network) * images * passes / 1e6
-
-
 def gflop_per_image(network: DHRNet) -> float:
     """Forward and backward operations of one training image, as PyTorch counts them."""
     trial = copy.deepcopy(network).eval()
     size, channels = network.config["image_size"], network.config["in_channels"]
     images = torch.zeros(1, channels, size, size, device=network.mean.device)
     with FlopCounterMode(display=False) as counter:
-        output = trial(images)
-        (output.logits.sum() + output.reconstruction.sum()).backward()
+        logits, reconstruction, _ = trial(images)
+        (logits.sum() + reconstruction.sum()).backward()
     return counter.get_total_flops() / 1e9

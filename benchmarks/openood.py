@@ -15,6 +15,7 @@ Source: OpenOOD v1.5 (Zhang et al. 2023, arXiv 2306.09301) and its leaderboard o
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,25 @@ def benchmark_sets(test: ImageSet, data_dir: Path) -> dict[str, ImageSet]:
     return sets | {name: as_unknown(images) for name, images in unknown.items()}
 
 
+@contextmanager
+def features_of(network: DHRNet) -> Iterator[list[torch.Tensor]]:
+    """The features [N, D] that the last layer takes, of each batch the network is called with."""
+    seen: list[torch.Tensor] = []
+    hook = network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    yield seen
+    hook.remove()
+
+
 def extract_with_features(
     network: DHRNet, images: ImageSet, title: str
 ) -> tuple[Activations, torch.Tensor]:
     """Activations, and what the last layer makes the logits of [N, D], averaged over the views."""
-    seen: list[torch.Tensor] = []
-    hook = network.head[-1].register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].float().cpu())
-    )
-    turns = network.config["turns"] and title != "train"
-    activations = extract(network, images, 250, title, turns)
-    hook.remove()
-    views, copies = 1 + network.config["mirrored"], 3 * turns
-    batches = [torch.stack(seen[i : i + views]).mean(dim=0)
-               for i in range(0, len(seen), views + copies)]  # fmt: skip
+    with features_of(network) as seen:
+        activations = extract(network, images, 250, title)
+    collected = [features.float().cpu() for features in seen]
+    views = 1 + network.config["mirrored"]
+    batches = [torch.stack(collected[i : i + views]).mean(dim=0)
+               for i in range(0, len(collected), views)]  # fmt: skip
     return activations, torch.cat(batches)
 
 

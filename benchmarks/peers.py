@@ -124,7 +124,7 @@ def textbook_steps(
     for epoch in count():
         optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (epoch // 25)
         for batch, target in batches:
-            logits, reconstruction, *_ = network(batch)
+            logits, reconstruction, _ = network(batch)
             loss = F.cross_entropy(logits, target)
             loss = loss + F.mse_loss(reconstruction, network.normalize(batch))
             optimizer.zero_grad()
@@ -140,6 +140,6 @@ def one_by_one(network: DHRNet, images: Tensor) -> list[list[Tensor]]:
     features = []
     for image in images.split(1):
         for view in [image, image.flip(-1)] if network.config["mirrored"] else [image]:
-            logits, _, latents, _ = network(view)
+            logits, _, latents = network(view)
             features.append([logits, *(F.adaptive_max_pool2d(z, 1).flatten(1) for z in latents)])
     return features

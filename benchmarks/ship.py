@@ -29,10 +29,7 @@ def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNO
     for name in unknown_sets:
         images = load_unknown(name, ROOT / "data", size, network.config["in_channels"])
         image_sets[name] = as_unknown(images)
-    sets = {
-        name: extract(network, images, 250, name, name != "train")
-        for name, images in image_sets.items()
-    }
+    sets = {name: extract(network, images, 250, name) for name, images in image_sets.items()}
     if refit:
         saved["open_set_rule"] = DHROpenMax().fit(sets["train"], sets["val"]).state_dict()
         entries = {key: entry for key, entry in saved.items() if key not in NETWORK_KEYS}

@@ -174,13 +174,16 @@ def make(network: Network, out: Path) -> None:
     store(net, sets, path)
 
 
-def store(net: DHRNet, sets: dict[str, ImageSet], path: Path) -> None:
-    """Write what a network says of image sets."""
+def store(
+    net: DHRNet, sets: dict[str, ImageSet], path: Path, instead: dict[str, np.ndarray] | None = None
+) -> None:
+    """Write what a network says of image sets; `instead` replaces some of the arrays."""
     arrays = {
         f"{name}/{field}": array
         for name, images in sets.items()
-        for field, array in extract(net, images, 250, name, name != "train")._asdict().items()
+        for field, array in extract(net, images, 250, name)._asdict().items()
     }
+    arrays |= instead or {}
     replace_file(path, lambda file: np.savez(file, **arrays))
 
 

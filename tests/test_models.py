@@ -125,8 +125,7 @@ def test_uint8_and_unit_range_images_are_the_same_to_the_network():
 @pytest.mark.parametrize("mirrored", [True, False])
 def test_logits_and_latents_average_over_the_mirror_image(mirrored):
     network, images = make_network(mirrored=mirrored), make_images()
-    *got, turn_loss = network.activations(images)
-    assert turn_loss.tolist() == [0, 0, 0, 0]  # without a head for it
+    got = network.logits_and_latents(images)
     views = [images, images.flip(-1)] if mirrored else [images]
     outputs = [network(view) for view in views]
     logits = sum(output.logits for output in outputs) / len(views)
@@ -137,21 +136,6 @@ def test_logits_and_latents_average_over_the_mirror_image(mirrored):
     for part, expected in zip(got, (logits, *pooled), strict=True):
         assert part.dtype == torch.float32
         assert torch.allclose(part, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_turn_loss_is_the_mean_cross_entropy_over_the_four_turns(arch):
-    network, images = make_network(arch, turns=True), make_images()
-    *parts, got = network.activations(images)
-    turned = [torch.rot90(images, n, (2, 3)) for n in range(4)]
-    losses = [
-        F.cross_entropy(network(copies).turns, torch.full((4,), n), reduction="none")
-        for n, copies in enumerate(turned)
-    ]
-    assert torch.allclose(got, sum(losses) / 4, atol=1e-5)
-    *same, none = network.activations(images, turns=False)
-    assert all(map(torch.equal, parts, same))
-    assert none.tolist() == [0, 0, 0, 0]
 
 
 def test_normalised_training_images_have_zero_mean_and_unit_deviation():

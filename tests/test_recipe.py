@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from recipe import VARIANTS, Averaged, Lookahead, Spread, WithoutTurns, coloured_noise, train
+from recipe import (
+    VARIANTS,
+    Averaged,
+    Lookahead,
+    Spread,
+    WithTurns,
+    coloured_noise,
+    confusion_by_turns,
+    train,
+)
 from zoo import load_for_tests
 
+from methods import DHROpenMax
 from open_set_data import ImageSet
 from openmax import UNKNOWN
 
@@ -37,10 +47,33 @@ def test_a_half_turned_copy_costs_least_with_all_logits_at_zero():
     assert recipe.classify(torch.tensor([[5.0, -5, -5]]), torch.tensor([0])) < 0.03
 
 
-def test_the_rule_without_turns_gives_the_turn_loss_no_weight():
+def test_copies_are_turned_by_one_two_and_three_quarters(images):
+    recipe = VARIANTS["turns"](2, CPU, seed=0)
+    shown, labels = recipe.views(images, torch.arange(8) % 2)
+    assert torch.equal(shown[:8], images)
+    assert len(labels) == 8
+    for turn in (1, 2, 3):
+        assert torch.equal(shown[7 + turn], images[turn].rot90(turn, (1, 2)))
+
+
+def test_a_head_that_cannot_tell_turns_is_at_log_4_and_adds_nothing(images):
+    network = VARIANTS["turns"](2, CPU, seed=0).network.eval()
+    torch.nn.init.zeros_(network.turns.weight)
+    torch.nn.init.zeros_(network.turns.bias)
+    confusion = confusion_by_turns(network, images.permute(0, 2, 3, 1).numpy())
+    assert confusion == pytest.approx(np.full((8, 1), np.log(4)))
+
     sets = load_for_tests()["digits 0"]
-    val = sets["val"]._replace(turn_loss=np.full(len(sets["val"].labels), 0.1))
-    assert WithoutTurns().fit(sets["train"], val).turn_weight == 0
+    for mean, slope in ((np.log(4), 0), (np.log(4) / 2, 1 / (4 * np.log(4)))):
+        train_set, val, test = (
+            sets[name]._replace(latents_avg=np.full((len(sets[name].labels), 1), mean))
+            for name in ("train", "val", "test_known")
+        )
+        rule = WithTurns().fit(train_set, val)
+        assert rule.slope == pytest.approx(slope)
+        test.latents_avg[0] += 8
+        raised = rule.score(test).unknownness - DHROpenMax().fit(train_set, val).score(test)[0]
+        assert raised[0] - raised[1] == pytest.approx(8 * slope)
 
 
 @pytest.mark.parametrize("name", ["fractals", "one-fractal", "averaged-noise"])

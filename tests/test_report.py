@@ -38,8 +38,7 @@ def activations(rng, count, known=True):
         logits[np.arange(count), labels] += 8
         latents[:, :3] += 5 * np.eye(3)[labels]
     arrays = (array.astype(np.float32) for array in (logits, latents + 1, latents))
-    turn_loss = np.zeros(count, np.float32)
-    return Activations(labels if known else np.full(count, UNKNOWN), *arrays, turn_loss)
+    return Activations(labels if known else np.full(count, UNKNOWN), *arrays)
 
 
 def evaluation(classes=CLASSES, unknown_sets=("svhn",)):

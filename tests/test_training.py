@@ -14,13 +14,12 @@ from fractals import fractals
 from models import DHRNet
 from open_set_data import ImageSet, KnownData
 from openmax import UNKNOWN
-from train_dhr_nn import build_network, complete_settings, parse_args
+from train_dhr_nn import broken_step, build_network, complete_settings, parse_args
 from training import (
     GREY,
     augment,
     batches,
     blend,
-    broken_step,
     build_optimizers,
     gflop_per_image,
     halving,
@@ -28,9 +27,7 @@ from training import (
     one_cycle,
     one_vs_rest,
     orthogonalize,
-    turn_loss,
     two_cycles,
-    with_turned_copies,
 )
 
 
@@ -155,25 +152,6 @@ def unmoved(monkeypatch):
 
     monkeypatch.setattr("training.augment", keep)
     return seen
-
-
-@pytest.mark.parametrize(("count", "turned"), [(2, [1, 0, 0]), (5, [1, 0, 0]), (37, [3, 3, 2])])
-def test_a_fifth_of_the_images_has_copies_turned_by_one_two_or_three_quarters(count, turned):
-    images = torch.from_numpy(make_images(count)).permute(0, 3, 1, 2)
-    shown, turns = with_turned_copies(images)
-    assert torch.equal(shown[:count], images)
-    assert np.bincount(turns, minlength=4)[1:].tolist() == turned
-    originals = {image.numpy().tobytes() for image in images}
-    for copy, turn in zip(shown[count:], turns, strict=True):
-        assert copy.rot90(-int(turn), (1, 2)).numpy().tobytes() in originals
-
-
-def test_turn_loss_weighs_the_four_turns_alike():
-    logits, turns = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), [1, 2, 3]
-    got = turn_loss(logits, torch.tensor(turns))
-    losses = F.cross_entropy(logits, torch.tensor([0] * 6 + turns), reduction="none")
-    assert got.item() == pytest.approx((losses[:6].mean() + losses[6:].sum()).item() / 4)
-    assert turn_loss(None, torch.tensor([])) == 0
 
 
 def test_an_epoch_shows_every_image_with_its_label_once_in_an_order_of_its_own(unmoved):

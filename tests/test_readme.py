@@ -220,7 +220,7 @@ def test_more_draws_of_four_kinds_of_photographs_have_the_figures_that_the_text_
 
 
 def test_table_of_changes_of_the_recipe_holds_the_recorded_figures():
-    *recorded, second_cycle, _, _ = (RESULTS / "recipe.txt").read_text().split("\n$ ")
+    *recorded, second_cycle, one_cycle, _, _ = (RESULTS / "recipe.txt").read_text().split("\n$ ")
     rows = [
         f"| {seed} `{name}` | {' | '.join([*cells[:5], *cells[6:9]])} |"  # without their means
         for seed, block in enumerate(recorded)
@@ -230,13 +230,20 @@ def test_table_of_changes_of_the_recipe_holds_the_recorded_figures():
     assert len(rows) == 7
     assert [row for row in rows if row not in BENCHMARKS] == []
     assert "--seeds 1 " in recorded[1].splitlines()[0]
-    second = [re.split(r"\s+(?=\d)", row)[:9] for row in second_cycle.splitlines()[3:]]
-    rows = [f"| `{name}` | {' | '.join(cells[:5])} |" for name, *cells in second]
-    assert len(rows) == 5
+    second, first = (
+        [re.split(r"\s+(?=\d)", row)[:9] for row in block.splitlines()[3:]]
+        for block in (second_cycle, one_cycle)
+    )
+    rows = [f"| `{name}` | {' | '.join(cells[:5])} |" for name, *cells in second + first]
+    assert len(rows) == 7
     assert [row for row in rows if row not in BENCHMARKS] == []
-    _, plain, fractal, averaged, noise = (np.array(row[2:6], float) for row in second)
+    base, plain, fractal, averaged, noise = (np.array(row[2:6], float) for row in second)
     assert all(fractal[1:] > plain[1:])
     assert averaged[0] > plain[0] > noise[0]
+    t2fnorm, nesterov = (np.array(row[2:6], float) for row in first)
+    assert all(t2fnorm[1:] > base[1:])
+    assert round(2 * (base[0] - t2fnorm[0])) == 1
+    assert all(nesterov < base)
 
 
 def test_table_of_turns_as_evidence_holds_the_recorded_figures():

@@ -271,7 +271,7 @@ def test_turned_copies_lost_what_the_text_says():
 def test_a_head_for_turns_lost_at_full_length_what_the_text_says():
     plain, turns = (epochs_of(f"{record}.txt")[-1] for record in ("train-deep", "turns-cycle"))
     text = " ".join(BENCHMARKS.split())
-    claim = "has {:.2f} % of the validation images, where the shipped one has {:.2f}, so it did not"
+    claim = "has {:.2f} % of the validation images, where the shipped one has {:.2f}."
     assert claim.format(100 * float(turns[-1]), 100 * float(plain[-1])) in text
     claim = (
         "has {:.1f} on OpenOOD's near sets, no better than `crosr` on the same network, where the"

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_hub_loads_the_shipped_network():
+def test_hub_loads_the_shipped_network_beside_another_module_called_models(monkeypatch):
+    monkeypatch.setitem(sys.modules, "models", sys)
     network = torch.hub.load(str(ROOT), "dhr_net", source="local")
     assert network(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 10)
     assert not network.training

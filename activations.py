@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distributed import rank
+from distributed import average, bar_hidden, rank
 from models import LATENT_CHANNELS, DHRNet, load_checkpoint, replace_file
-from open_set_data import ImageSet, ImagesUnavailable
+from open_set_data import ImagesUnavailable
+from pictures import ImageSet
 
 CACHE_VERSION = 1  # raise it when the network computes something else from the same checkpoint
 SHIPPED_PATH = Path(__file__).resolve().parent / "data" / "dhr_net_activations.npz"
@@ -121,7 +122,7 @@ def extract(
     arrays = [np.empty((count, width), np.float32) for width in widths]
     bar = tqdm(
         total=count, desc=title, unit="img", unit_scale=True, leave=False,
-        disable=title is None or rank() > 0,
+        disable=True if title is None else bar_hidden(),
     )  # fmt: skip
     for start in range(0, count, batch_size):
         batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
@@ -136,11 +137,16 @@ def extract(
 
 @torch.no_grad()
 def reconstruct(network: DHRNet, images: np.ndarray) -> np.ndarray:
-    """What the network rebuilds of images [N, H, W, C] uint8, likewise."""
+    """The network's reconstructions [N, H, W, C] uint8 of images [N, H, W, C] uint8."""
     device = network.mean.device
     rebuilt = network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2)).reconstruction
     pixels = rebuilt * network.std[:, None, None] + network.mean[:, None, None]
     return (255 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, by which activations know their checkpoint."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cache_key(checkpoint_sha256: str, images: ImageSet, device: torch.device) -> str:
@@ -157,12 +163,11 @@ def cached(path: Path, make: Callable[[], Activations]) -> Activations:
     """The activations stored at `path`. They are made, and stored, where there are none or the file
     is damaged."""
     try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            return Activations(*(stored[field] for field in Activations._fields))
-    except FileNotFoundError:
-        pass
+        if average(torch.tensor(float(path.exists()))) == 1:  # all processes read it, or none
+            with open(path, "rb") as file, np.load(file) as stored:
+                return Activations(*(stored[field] for field in Activations._fields))
     except Exception as error:  # a damaged file can fail in any way
-        print(f"{path} is damaged ({error}); extracting again", file=sys.stderr)
+        print(f"{path} cannot be read ({error}); extracting again", file=sys.stderr)
     activations = make()
     if rank() == 0:
         try:

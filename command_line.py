@@ -1,9 +1,13 @@
-"""What the scripts share: how they read their flags, and how they end."""
+"""What the scripts share: how they read their flags, check where they write, and end."""
 
 import argparse
 import io
+import platform
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -12,7 +16,7 @@ from open_set_data import ImagesUnavailable
 
 
 def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:
-    """A parser that shows a script's docstring as it stands and takes whole flags only."""
+    """A parser that shows a script's docstring as it stands and accepts no abbreviated flags."""
     as_it_stands = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         description=doc, usage=usage, formatter_class=as_it_stands, allow_abbrev=False
@@ -38,9 +42,39 @@ def run(script: str, work: Callable[[], None], kept: Callable[[], str]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What a person can do about an error, in one line; raises it again where that is nothing."""
+    """What a person can do about an error, in one line; a defect is raised again."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return "out of memory; try a smaller --batch-size"
     if isinstance(error, RuntimeError):  # a defect
         raise error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
     return str(error)
+
+
+def check_writable(path: Path) -> None:
+    """Check, before long work, that a file can be written to `path`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f"{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot write there ({error.strerror}); name a file in a writable folder"
+        ) from error
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "libmr"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -11,7 +11,6 @@ their threshold from validation images, and are compared on test images.
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import shlex
@@ -31,43 +30,37 @@ from activations import (
     cache_key,
     cached,
     extract,
+    file_sha256,
     keep_freed_memory,
     load_network,
     load_shipped,
     reconstruct,
 )
-from command_line import make_parser, run
-from distributed import first_process_first, rank, shared_out
-from methods import DHROpenMax, OpenMaxSettings, acceptance_interval, build_methods, stored_rule
-from metrics import ACCEPTED_SHARE, Scores, open_set_metrics
-from models import DHRNet, check_writable, replace_file, software_versions
+from command_line import check_writable, make_parser, run, software_versions
+from distributed import first_process_first, rank, split_over_processes
+from methods import (
+    DHROpenMax,
+    OpenMaxSettings,
+    acceptance_interval,
+    build_methods,
+    check_classes,
+    stored_rule,
+)
+from metrics import ACCEPTED_SHARE, TITLES, Scores, open_set_metrics
+from models import DHRNet, replace_file
 from open_set_data import (
     HELD_OUT_CLASSES,
     KNOWN_SPLITS,
     UNKNOWN_SETS,
-    ImageSet,
     ImagesUnavailable,
+    KnownData,
     as_unknown,
     check_same_images,
-    fit_to,
-    image_files,
     load_known,
     load_unknown,
-    printable,
-    read_images,
 )
 from openmax import DISTANCES, MIN_TAIL_SIZE, UNKNOWN, WEIBULL_ENGINE
-
-TABLE_COLUMNS = {
-    "auroc": "AUROC",
-    "aupr_known": "AUPR-kno",
-    "aupr_unknown": "AUPR-unk",
-    "fpr_at_95_tpr": "FPR95",
-    "detection_error": "det.err.",
-    "oscr": "OSCR",
-    "macro_f1": "macro-F1",
-    "macro_f1_at_half": "F1@0.5",
-}
+from pictures import ImageSet, fit_to, hash_of, image_files, printable, read_images
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -81,17 +74,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="where images are found or downloaded to (default data)")
     add("--unknown", nargs="+", metavar="NAME",
-        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default tiny-imagenet-crop, or the "
-        "classes that --known-classes left out)")
+        help=f"{', '.join(UNKNOWN_SETS)}, or folder:PATH (default held-out-classes, those that "
+        "--known-classes left out, or tiny-imagenet-crop)")
     add("--images", nargs="+", type=Path, metavar="PATH",
-        help="classify these image files or folders instead of running the evaluation")
+        help="classify these image files or folders by the rule in the checkpoint; no evaluation")
     add("--latents", choices=("max", "avg", "none"), default="max",
         help="how crosr pools latents (default max, as published)")
     add("--distance", choices=DISTANCES, default="euclidean",
         help="of openmax and crosr to class means (default euclidean)")
     add("--tail-size", type=int, default=20, metavar="N",
-        help="largest distances a Weibull is fitted to, 5 or more, at most a quarter of a class "
-        "(default 20)")
+        help="largest distances a Weibull is fitted to, 5 or more; a class with few images takes a "
+        "quarter of them, but at least 5 (default 20)")
     add("--alpha", type=int, default=0, metavar="N",
         help="top-ranked classes that openmax and crosr revise, as printed in the papers; 0 for "
         "the released code's form, all and unranked (default 0)")
@@ -111,12 +104,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
     # fmt: on
     args = parser.parse_args(argv)
-    for name, lowest in {"batch_size": 1, "tail_size": MIN_TAIL_SIZE, "alpha": 0}.items():
+    limits = {"batch_size": 1, "tail_size": MIN_TAIL_SIZE, "alpha": 0, "seed": 0}
+    for name, lowest in limits.items():
         if getattr(args, name) < lowest:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is {getattr(args, name)}; expected at least {lowest}")
-    if (args.csv and not args.images) or (args.report and args.images):
-        parser.error("--csv needs --images; --report cannot go with it")
+    if args.csv and not args.images:
+        parser.error("--csv needs --images")
+    if args.report and args.images:
+        parser.error("--report is of an evaluation; leave out --images")
     if set(args.unknown or ()) & set(KNOWN_SPLITS):
         parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
     flags = sys.argv[1:] if argv is None else argv
@@ -139,11 +135,15 @@ def classify_images(args: argparse.Namespace) -> None:
     """Say of a user's own files which class they show, or that it is unknown."""
     network, checkpoint = open_network(args)
     if "open_set_rule" not in checkpoint:
-        raise ValueError(f"{args.checkpoint} holds no open-set rule; train the network again")
+        raise ValueError(
+            f"{args.checkpoint} holds no open-set rule: finish its training with --resume, "
+            "or train longer, or on more images"
+        )
     rule, classes = stored_rule(network, checkpoint), checkpoint["known_classes"]
     files = image_files(args.images)
     if args.dry_run:
         print(f"{len(files):,} files")
+    if args.dry_run or rank():
         return
     print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     rows: list[dict[str, Any]] = []
@@ -215,8 +215,8 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"--alpha is {args.alpha}; expected 0..{len(classes)}, the classes")
         if WEIBULL_ENGINE != "libmr":
             print("libMR is not installed; SciPy fits the Weibulls, within 1e-5 of libMR")
-        names = ["train", "val", "test_known", *unknown_names(args, checkpoint)]
-        image_sets, sets = find_sets(args, checkpoint, names, sha256)
+        unknown = unknown_names(args, checkpoint)
+        image_sets, sets = find_sets(args, checkpoint, unknown, sha256)
         keep_freed_memory()
     if args.dry_run:
         for name, found in (sets or image_sets).items():
@@ -230,21 +230,24 @@ def evaluate(args: argparse.Namespace) -> None:
         return
 
     settings = OpenMaxSettings(args.latents, args.distance, args.tail_size, args.alpha)
+    check_classes(sets["train"], classes)
     with timed(seconds, "fit"):
         methods = build_methods(settings)
         for method in methods.values():
             method.fit(sets["train"], sets["val"])
+    tested = ["test_known", *unknown]
     thresholds = {name: method.threshold_ for name, method in methods.items()}
     with timed(seconds, "score"):
         scores = {
-            name: {tested: method.score(sets[tested]) for tested in names[2:]}
+            name: {part: method.score(sets[part]) for part in tested}
             for name, method in methods.items()
         }
         results = measure(scores, thresholds, sets["test_known"])
     results = {
         "checkpoint": {"path": str(args.checkpoint), "sha256": sha256},
-        "known": checkpoint["train_args"]["dataset"],
+        "known": args.dataset or checkpoint["train_args"]["dataset"],
         "activations": origin,
+        "images": {name: len(activations.labels) for name, activations in sets.items()},
         "validation_images": len(sets["val"].labels),
         **results,
         "openmax": {**settings._asdict(), "threshold": thresholds},
@@ -260,9 +263,16 @@ def evaluate(args: argparse.Namespace) -> None:
         write_json(args.report / "results.json", results)
         from report import write_report  # matplotlib, only now
 
-        pixels = {name: image_sets[name].images for name in names[2:]} if image_sets else {}
+        pixels = {name: image_sets[name].images for name in tested} if image_sets else {}
         rebuild = partial(reconstruct, network)
         write_report(args.report, results, classes, sets, scores, methods, pixels, rebuild)
+
+
+def warn_of_known_images(name: str, images: np.ndarray, data: KnownData) -> None:
+    """One line on stderr if images of an unknown set are among the known ones."""
+    known = {hash_of(image) for split in KNOWN_SPLITS for image in getattr(data, split).images}
+    if both := sum(hash_of(image) in known for image in images):
+        print(f"{name}: {both:,} of its images are among the known ones", file=sys.stderr)
 
 
 def extract_or_load(
@@ -270,7 +280,7 @@ def extract_or_load(
 ) -> Activations:
     """Activations of an image set: from the cache, or each process extracts its share."""
     extract_share = partial(extract, network, batch_size=args.batch_size, title=name)
-    extract_all = partial(shared_out, extract_share, images)
+    extract_all = partial(split_over_processes, extract_share, images)
     if args.no_cache:
         return extract_all()
     key = cache_key(sha256, images, network.mean.device)
@@ -280,29 +290,34 @@ def extract_or_load(
 def unknown_names(args: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
     """The unknown sets to measure against, each once."""
     train_args = checkpoint["train_args"]
+    dataset = train_args["dataset"]
     if args.unknown:
+        for name in args.unknown:
+            if name == dataset or name.startswith(f"{dataset}-"):
+                raise ValueError(f"{name} shows what the network knows; see --help for other sets")
         return list(dict.fromkeys(args.unknown))
     if train_args["known_classes"]:
         return [HELD_OUT_CLASSES]
-    if train_args["dataset"].startswith("folder:"):
+    if dataset.startswith("folder:"):
         raise ValueError(
             "this network knows all classes of its folder; name pictures of something else with "
             "--unknown folder:PATH, or train it with --known-classes to leave some out"
         )
-    return ["tiny-imagenet-crop"]
+    return ["textures" if dataset == "tiny-imagenet" else "tiny-imagenet-crop"]
 
 
 def find_sets(
-    args: argparse.Namespace, checkpoint: dict[str, Any], names: Sequence[str], sha256: str
+    args: argparse.Namespace, checkpoint: dict[str, Any], unknown: Sequence[str], sha256: str
 ) -> tuple[dict[str, ImageSet], dict[str, Activations]]:
     """The image sets; or, where one of them is neither on disk nor can be downloaded, the
     activations that ship with the checkpoint. One of the two dicts is empty."""
-    load = partial(load_image_sets, checkpoint, names, args.data_dir, args.seed, args.dataset)
+    dataset = args.dataset or checkpoint["train_args"]["dataset"]
+    load = partial(load_image_sets, checkpoint, dataset, unknown, args.data_dir, args.seed)
     try:
         return first_process_first(load), {}
     except ImagesUnavailable as error:
         try:
-            sets = load_shipped(sha256, names)
+            sets = load_shipped(sha256, [*KNOWN_SPLITS, *unknown])
         except ImagesUnavailable as also:
             raise ImagesUnavailable(f"{error}; and {also}") from error
         print(f"{error}.\nUsing the activations that ship with the checkpoint.")
@@ -310,30 +325,23 @@ def find_sets(
 
 
 def load_image_sets(
-    checkpoint: dict[str, Any],
-    names: Sequence[str],
-    data_dir: Path,
-    seed: int,
-    dataset: str | None = None,
+    checkpoint: dict[str, Any], dataset: str, unknown: Sequence[str], data_dir: Path, seed: int
 ) -> dict[str, ImageSet]:
-    """The named sets: `train`, `val`, `test_known` of the checkpoint's data, or unknown ones.
-
-    The known images are looked for in `dataset`, by default where they were in training.
-    """
-    train_args, config = checkpoint["train_args"], checkpoint["model_config"]
+    """`train`, `val` and `test_known` of the checkpoint's classes, and the named unknown sets."""
+    config = checkpoint["model_config"]
     size, channels = config["image_size"], config["in_channels"]
-    dataset = dataset or train_args["dataset"]
-    data = load_known(dataset, data_dir, train_args["known_classes"], size)
+    data = load_known(dataset, data_dir, checkpoint["train_args"]["known_classes"], size)
     check_same_images(checkpoint, data)
-    sets = {}
-    for name in names:
-        if name in KNOWN_SPLITS:
-            sets[name] = getattr(data, name)
-            continue
+    sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
+    for name in unknown:
         if name == HELD_OUT_CLASSES:
             images = data.test_unknown
+            if not len(images):
+                raise ValueError("no classes are held out; name unknown images with --unknown")
         else:
             images = load_unknown(name, data_dir, size, channels, seed)
+            if name.startswith("folder:"):
+                warn_of_known_images(name, images, data)
         sets[name] = as_unknown(images)
     return sets
 
@@ -356,24 +364,23 @@ def measure(
 
 def print_results(results: dict[str, Any]) -> None:
     """One block per unknown set, one row per method, all in percent."""
-    count, methods = results["validation_images"], results["methods"]
+    count, methods = results["images"], results["methods"]
     print(f"closed-set accuracy {100 * results['closed_set_accuracy']:.2f} %")
-    low, high = acceptance_interval(count)
+    low, high = acceptance_interval(count["val"])
     print(
-        f"each threshold accepts {100 * ACCEPTED_SHARE:.0f} % of {count:,} validation images; "
-        f"of new known images, expect {100 * low:.0f} to {100 * high:.0f} %"
+        f"each threshold accepts at least {100 * ACCEPTED_SHARE:.0f} % of {count['val']:,} "
+        f"validation images; of new known images, expect {100 * low:.0f} to {100 * high:.0f} %"
     )
     for unknown in methods["msp"]:
-        print(f"\n{results['known']} (known) against {unknown} (unknown), in %")
-        print(" " * 11 + "".join(f"{title:>10}" for title in TABLE_COLUMNS.values()))
+        print(
+            f"\n{results['known']} ({count['test_known']:,} known images) against {unknown} "
+            f"({count[unknown]:,} unknown ones), in %"
+        )
+        print(" " * 11 + "".join(f"{title:>10}" for title in TITLES.values()))
         for method, sets in methods.items():
-            row = (f"{100 * sets[unknown][column]:10.2f}" for column in TABLE_COLUMNS)
+            row = (f"{100 * sets[unknown][metric]:10.2f}" for metric in TITLES)
             print(f"{method:11}" + "".join(row))
     print("\n" + ", ".join(f"{stage} {value:.1f} s" for stage, value in results["seconds"].items()))
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -402,11 +409,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def work() -> None:
-        if args.report and not rank():
+        outputs = [args.json, args.csv]
+        if args.report and not args.dry_run:
             args.report.mkdir(parents=True, exist_ok=True)
-        for path in (args.json, args.csv, args.report and args.report / "report.html"):
-            if path and not rank():
-                check_writable(path)
+            outputs.append(args.report / "report.html")
+        for path in filter(None, outputs):
+            check_writable(path)
         (classify_images if args.images else evaluate)(args)
 
     return run(

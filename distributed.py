@@ -40,6 +40,8 @@ def joined_processes() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise  # out of memory, or a defect
         reason = str(error).strip().split("\n")[0]
         raise ConnectionError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} stopped ({reason}); see "
@@ -60,6 +62,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def bar_hidden() -> bool | None:
+    """For tqdm's `disable`: process 0 shows progress bars, on a terminal (None: tqdm decides)."""
+    return True if rank() else None
+
+
 def first_process_first(read: Callable[[], T]) -> T:
     """Call `read`, which may download, in process 0 before the others."""
     if rank():
@@ -78,7 +85,7 @@ def average(values: Tensor) -> Tensor:
     return values / world_size()
 
 
-def shared_out(function: Callable[[Any], Any], arrays: Any) -> Any:
+def split_over_processes(function: Callable[[Any], Any], arrays: Any) -> Any:
     """Call `function` in each process on its share of the rows, and join what all return.
 
     Args:

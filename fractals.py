@@ -1,4 +1,4 @@
-"""Pictures of fractals, which training mixes into images. Random numbers make them, no photograph.
+"""Pictures of fractals, which training mixes into images. They are drawn from random numbers alone.
 
 A fractal is where points end up that go through one random contracting map of the plane after
 another, each map with a colour of its own (an iterated function system).
@@ -9,16 +9,18 @@ from functools import cache
 import numpy as np
 from tqdm import tqdm
 
-PIXELS, MOST = 2**21, 2000  # of all pictures together; pictures
-POINTS, FIRST_TURNS, TURNS = 1000, 10, 30  # of a picture; not drawn, and drawn
+from distributed import bar_hidden
+
+MAX_PIXELS, MAX_COUNT = 2**21, 2000  # of all pictures together
+POINTS, SKIPPED_TURNS, DRAWN_TURNS = 1000, 10, 30  # of each picture
 
 
 @cache
 def fractals(size: int, channels: int) -> np.ndarray:
     """Pictures [P, size, size, channels] uint8, the same in every call: 2,000, or fewer of more
     than 32x32 pixels."""
-    rng, count = np.random.default_rng(0), min(MOST, PIXELS // size**2)
-    bar = tqdm(range(count), "fractals", unit="img", leave=False, disable=None)
+    rng, count = np.random.default_rng(0), min(MAX_COUNT, MAX_PIXELS // size**2)
+    bar = tqdm(range(count), "fractals", unit="img", leave=False, disable=bar_hidden())
     return np.stack([fractal(size, channels, rng) for _ in bar])
 
 
@@ -33,12 +35,12 @@ def fractal(size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
     shift, colour = rng.uniform(-1, 1, (maps, 2)), rng.uniform(0, 1, (maps, channels))
     points, colours = np.zeros((POINTS, 2)), np.zeros((POINTS, channels))
     drawn = []
-    for _ in range(FIRST_TURNS + TURNS):
+    for _ in range(SKIPPED_TURNS + DRAWN_TURNS):
         chosen = rng.integers(0, maps, POINTS)
         points = np.einsum("nij,nj->ni", turn[chosen], points) + shift[chosen]
         colours = (colours + colour[chosen]) / 2
         drawn.append(np.hstack([points, colours]))
-    row, column, *shades = np.concatenate(drawn[FIRST_TURNS:]).T
+    row, column, *shades = np.concatenate(drawn[SKIPPED_TURNS:]).T
     borders = (np.percentile(along, (1, 99)) for along in (row, column))
     edges = [np.linspace(low, high + 1e-6, size + 1) for low, high in borders]
     hits = np.histogram2d(row, column, edges)[0]

@@ -9,6 +9,7 @@ training stores in the checkpoint.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ from openmax import (
     whitening,
 )
 
+LARGEST_LOGIT = 30  # the sigmoids of much larger ones round to 1
 TAIL_SIZE = 20  # largest distances a Weibull is fitted to, as published; fewer of few images
 
 
@@ -54,7 +56,7 @@ class Method:
         return self
 
     def learn(self, train: Activations) -> None:
-        """Nothing, but for methods that learn from training images."""
+        """Fit to training images; by default, nothing to do."""
 
     def score(self, images: Activations) -> Scores:
         """Unknownness and probabilities of N images."""
@@ -71,12 +73,16 @@ class MSP(Method):
 
 
 class MaxLogit(Method):
-    """Minus the largest logit (Vaze et al. 2022); its probabilities are the logits' sigmoids."""
+    """Minus the largest logit (Vaze et al. 2022); its probabilities are the logits' sigmoids.
+
+    Of logits above 30, whose sigmoids round to 1, the largest counts as 30, the others as less.
+    """
 
     def score(self, images: Activations) -> Scores:
         logits = images.logits.astype(np.float64)
         unknownness = -logits.max(axis=1)
-        return Scores(unknownness, np.column_stack([expit(logits), expit(unknownness)]))
+        excess = np.maximum(-unknownness - LARGEST_LOGIT, 0)[:, None]
+        return Scores(unknownness, np.column_stack([expit(logits - excess), expit(unknownness)]))
 
 
 class OpenMaxMethod(Method):
@@ -103,7 +109,7 @@ class OpenMaxMethod(Method):
 class DHROpenMax(nn.Module):
     """This project's rule: two tests of an image, each against the held-out validation images.
 
-    Evidence: -||y||. A picture of something unknown excites no class much, and pushes none away.
+    Evidence: -||y||. For something unknown, all logits are small, positive and negative ones.
     Membership: the Mahalanobis distance of [y, z], z max-pooled as in CROSR, to the mean over the
     predicted class. It finds wrong colours and textures however sure the logits are.
 
@@ -154,7 +160,7 @@ class DHROpenMax(nn.Module):
         groups = correctly_classified(vectors, train.logits, train.labels, names)
         means = np.stack([group.mean(axis=0) for group in groups])
         self._set(means=means, whitening=whitening(groups, means))
-        evidence, distances = self.tests(*_tensors(val)).T.numpy()
+        evidence, distances = self.statistics(*_tensors(val)).T.numpy()
         tail = fit_weibulls([distances], self.tail_size, ["validation"])
         self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness))
@@ -164,7 +170,7 @@ class DHROpenMax(nn.Module):
         for name, array in arrays.items():
             setattr(self, name, torch.from_numpy(np.array(array, np.float64)))
 
-    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+    def statistics(self, logits: Tensor, latents_max: Tensor) -> Tensor:
         """Evidence and membership [N, 2], in float64; larger is more unknown."""
         vectors = torch.hstack([logits, latents_max]).double()
         offsets = vectors - self.means[logits.argmax(dim=1)]
@@ -180,7 +186,8 @@ class DHROpenMax(nn.Module):
             latents_max: [N, 32 L], max-pooled latents, level by level.
         """
         scale, shape, location = self.tails
-        hazards = ((self.tests(logits, latents_max) - location).clamp_min(0) / scale).pow(shape)
+        reach = self.statistics(logits, latents_max) - location
+        hazards = (reach.clamp_min(0) / scale).pow(shape)
         log_odds = hazards.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
         known = (-log_odds).clamp_min(-600).sigmoid()[:, None]  # never 0, which would tie classes
         known = logits.double().softmax(dim=1) * known
@@ -196,15 +203,20 @@ def _tensors(images: Activations) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.logits), torch.from_numpy(images.latents_max)
 
 
-def acceptance_interval(count: int, share: float = ACCEPTED_SHARE) -> tuple[float, float]:
+def acceptance_interval(count: int) -> tuple[float, float]:
     """Where the share of new known images that a threshold accepts lies, with probability 95 %.
 
     The threshold is the k-th of `count` validation scores, k = ceil(share count); the accepted
     share then follows Beta(k, count + 1 - k). Source: order statistics, e.g. Wilks 1941.
     """
-    k = math.ceil(share * count)
+    k = math.ceil(ACCEPTED_SHARE * count)
     low, high = beta.ppf((0.025, 0.975), k, count + 1 - k)
     return float(low), float(high)
+
+
+def check_classes(train: Activations, classes: Sequence[str]) -> None:
+    """Raise a ValueError that names a class with too few correctly classified training images."""
+    correctly_classified(train.logits, train.logits, train.labels, classes)
 
 
 def build_methods(settings: OpenMaxSettings) -> dict[str, Method | DHROpenMax]:
@@ -229,11 +241,12 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
         state = checkpoint["open_set_rule"]
         for name in DHROpenMax.BUFFERS:
             setattr(rule, name, state[name].double())
+        if not all(buffer.isfinite().all() for buffer in rule.buffers()):
+            raise ValueError("it holds values that are not finite")
         num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
-        zeros = torch.zeros(1, num_classes), torch.zeros(1, LATENT_CHANNELS * levels)
-        log_odds, probabilities = rule(*zeros)
-        if probabilities.shape != (1, num_classes + 1) or not log_odds.isfinite().all():
+        if len(rule.means) != num_classes:
             raise ValueError(f"it does not have the network's {num_classes} classes")
+        rule(torch.zeros(1, num_classes), torch.zeros(1, LATENT_CHANNELS * levels))
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).split("\n")[0]
         raise ValueError(f"the open-set rule in it is damaged ({reason}); train again") from error

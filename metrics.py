@@ -14,7 +14,18 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, ro
 from openmax import UNKNOWN
 
 ACCEPTED_SHARE = 0.95  # of known images, where thresholds are set and FPR95 is measured
-LARGEST_SCORE = 1e300  # infinite scores become this: scikit-learn takes finite ones
+LARGEST_SCORE = 1e300  # infinite scores become this: scikit-learn accepts only finite ones
+
+TITLES = {  # of `open_set_metrics`, in tables
+    "auroc": "AUROC",
+    "aupr_known": "AUPR-kno",
+    "aupr_unknown": "AUPR-unk",
+    "fpr_at_95_tpr": "FPR95",
+    "detection_error": "det.err.",
+    "oscr": "OSCR",
+    "macro_f1": "macro-F1",
+    "macro_f1_at_half": "F1@0.5",
+}
 
 Array = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """The DHR network (deep hierarchical reconstruction, arXiv 1812.04246) and its checkpoint.
 
-The encoder computes x_l = f_l(x_{l-1}) stage by stage. A bottleneck squeezes each x_l to a small
+The encoder computes x_l = f_l(x_{l-1}) stage by stage. A bottleneck squeezes each x_l into a small
 code, the latent z_l = relu(h_l(x_l)). The head turns the last x_l into the logits y; the decoder
 rebuilds the image from the latents alone. [y, z], with z pooled over space, is the activation
 vector that OpenMax works on.
@@ -9,12 +9,9 @@ vector that OpenMax works on.
 import io
 import os
 import pickle
-import platform
 import secrets
-import tempfile
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -140,8 +137,11 @@ class DHRNet(nn.Module):
         )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Give each channel of [N, C, H, W] images, uint8 in 0..255 or float in 0..1, the training
-        set's zero mean and unit deviation."""
+        """Subtract the training set's mean from each channel and divide by its deviation.
+
+        Args:
+            images: [N, C, H, W], uint8 in 0..255 or float in 0..1.
+        """
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
 
@@ -190,7 +190,9 @@ class DHRNet(nn.Module):
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
             parts.append((logits.float(), largest.float(), average))
-        logits, largest, average = (torch.stack(part).mean(dim=0) for part in zip(*parts))  # noqa: B905
+        logits, largest, average = (
+            torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)
+        )
         return logits, largest, average
 
     @torch.no_grad()
@@ -228,7 +230,7 @@ class DHRNet(nn.Module):
 
 
 class Residual(nn.Sequential):
-    """Adds its input to what its layers make of it."""
+    """x + layers(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -298,7 +300,7 @@ def save_checkpoint(path: Path, network: DHRNet, **entries: Any) -> None:
     replace_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
+def load_checkpoint(path: str | Path) -> tuple[DHRNet, dict[str, Any]]:
     """Rebuild a network from its checkpoint. Nothing in the file is executed.
 
     Returns:
@@ -317,7 +319,7 @@ def load_checkpoint(path: Path) -> tuple[DHRNet, dict[str, Any]]:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         with torch.device("meta"):  # sizes without memory
             expected = DHRNet(**checkpoint["model_config"]).state_dict().values()
-        if sum(weight.nbytes for weight in expected) > path.stat().st_size:
+        if sum(weight.nbytes for weight in expected) > os.stat(path).st_size:
             raise ValueError("its model_config asks for more weights than the file holds")
         network = DHRNet(**checkpoint["model_config"])
         network.load_state_dict(checkpoint["model_state_dict"])
@@ -346,33 +348,8 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # writing to a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Check, before long work, that a file can be written to `path`.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f"{path.name}."):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot write there ({error.strerror}); name a file in a writable folder"
-        ) from error
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "libmr"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -11,9 +11,11 @@ import socket
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +23,14 @@ import numpy as np
 
 import pictures
 from openmax import UNKNOWN
-from pictures import ImageSet as ImageSet
-from pictures import fit_to as fit_to
-from pictures import image_files as image_files
-from pictures import printable as printable
-from pictures import read_images as read_images
-from pictures import some
+from pictures import ImageSet, fit_to, printable, some
 
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
 KNOWN_SPLITS = ("train", "val", "test_known")
 UNKNOWN_SETS = (
-    "tiny-imagenet-crop", "tiny-imagenet-resize", "lsun-crop", "lsun-resize", "isun", "svhn",
-    "cifar100", "mnist", "textures", "gaussian-noise", "uniform-noise",
+    "tiny-imagenet-crop", "tiny-imagenet-resize", "tiny-imagenet-crop-odin", "lsun-crop",
+    "lsun-resize", "isun", "svhn", "cifar100", "mnist", "textures", "gaussian-noise",
+    "uniform-noise",
 )  # fmt: skip
 HELD_OUT_CLASSES = "held-out-classes"  # test images of the data set's own classes left unknown
 
@@ -52,8 +50,8 @@ TORCHVISION = {  # name: (torchvision's class, what it leaves in the data folder
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 ODIN_ARCHIVES = {  # name: (archive, MD5, folder of images, pixels of frame around each, dropbox id)
-    "tiny-imagenet-crop": ("Imagenet.tar.gz", "7c0827e4246c3718a5ee076e999e52e5", "Imagenet/test",
-                           2, "avgm2u562itwpkl"),
+    "tiny-imagenet-crop-odin": ("Imagenet.tar.gz", "7c0827e4246c3718a5ee076e999e52e5",
+                                "Imagenet/test", 2, "avgm2u562itwpkl"),
     "lsun-crop": ("LSUN.tar.gz", "458a0a0ab8e5f1cb4516d7400568e460", "LSUN/test",
                   2, "fhtsw1m3qxlwj6h"),
     "lsun-resize": ("LSUN_resize.tar.gz", "278b7b31c8cb7e804a1465a8ce03a2dc",
@@ -94,16 +92,19 @@ def load_known(
     """
     if name.startswith("folder:"):
         folders = pictures.class_folders(pictures.folder_of(name))
-        classes = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
+        classes = [
+            unicodedata.normalize("NFC", folder.name).encode(errors="backslashreplace").decode()
+            for folder in folders
+        ]
         known = _class_indices(known_classes, classes)
-        train, val, test = pictures.read_class_folders(folders, image_size or FOLDER_IMAGE_SIZE)
+        size = image_size or FOLDER_IMAGE_SIZE
+        train, val, test = pictures.read_class_folders(folders, known, size)
         train, val = _relabel(train, known), _relabel(val, known)
     elif name in KNOWN_SETS:
         classes, train, test = _read_known(name, data_dir)
         known = _class_indices(known_classes, classes)
         if image_size is not None:
-            train = train._replace(images=fit_to(train.images, image_size))
-            test = test._replace(images=fit_to(test.images, image_size))
+            train, test = (s._replace(images=fit_to(s.images, image_size)) for s in (train, test))
         train = _relabel(train, known)
         train, val = _split(train, lambda count: min(VAL_PER_CLASS, int(VAL_SHARE * count)))
     else:
@@ -178,12 +179,16 @@ def check_same_images(checkpoint: Mapping[str, Any], data: KnownData) -> None:
         ValueError: the classes have changed.
     """
     if (before := list(checkpoint["known_classes"])) != list(data.classes):
-        both = f"{some(before)}; the data set has {some(data.classes)}"
-        raise ValueError(printable(f"the network was trained on the classes {both}"))
+        gone = [f"{name} is missing" for name in before if name not in data.classes]
+        new = [f"{name} is new" for name in data.classes if name not in before]
+        changes = some(gone + new) or "their order has changed"
+        problem = f"the classes have changed since training ({changes}); train again"
+        raise ValueError(printable(problem))
     then = checkpoint.get("images")  # checkpoints of version 0.1 do not tell
     if then and then != (now := fingerprint(data)):
-        print(f"the training and validation images have changed since the network was trained: "
-              f"{then['count']:,} then, {now['count']:,} now", file=sys.stderr)  # fmt: skip
+        print(f"the training and validation images have changed since the network was trained "
+              f"({then['count']:,} then, {now['count']:,} now): it may have been trained on some "
+              "that are test images now", file=sys.stderr)  # fmt: skip
 
 
 def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSet]:
@@ -200,9 +205,11 @@ def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSe
         return classes, train, _read_torchvision(name, data_dir, "test")[1]
     # TinyImageNet's validation images, whose labels are public, serve as test images.
     files = [tiny_imagenet_files(data_dir, part) for part in ("train", "val")]
-    rows = (files[1][0].parent.parent / "val_annotations.txt").read_text().splitlines()
-    class_of = dict(row.split("\t")[:2] for row in rows)
-    class_of |= {file.name: file.parent.parent.name for file in files[0]}
+    class_of = {file.name: file.parent.parent.name for file in chain(*files)}
+    annotations = files[1][0].parent.parent / "val_annotations.txt"
+    if annotations.exists():  # otherwise, val has been sorted into folders as train is
+        rows = annotations.read_text().splitlines()
+        class_of |= dict(row.split("\t")[:2] for row in rows)
     classes, sets = sorted(set(class_of.values())), []
     for part in files:
         images, read = pictures.read_and_report(name, part, 64)
@@ -234,6 +241,8 @@ def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
             make(folder, argument, download=True)
     try:
         return make(data_dir, argument)
+    except PermissionError:
+        raise
     except Exception as error:  # it may fail in any way on damaged files
         raise ImagesUnavailable(f"{path} is damaged: remove it to download it again") from error
 
@@ -253,9 +262,7 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
         return pictures.read_and_report(name, textures._image_files, image_size)[0]
     if name in ("mnist", "svhn"):
         return _read_torchvision(name, data_dir, "test")[1].images
-    original = any((data_dir / f"tiny-imagenet-200{end}").exists() for end in ("/test", ".zip"))
-    archive = any((data_dir / f"Imagenet{end}").exists() for end in ("/test", ".tar.gz"))
-    if not name.startswith("tiny") or (name.endswith("crop") and archive and not original):
+    if name in ODIN_ARCHIVES:
         return _read_odin_archive(name, data_dir)
     files = tiny_imagenet_files(data_dir, "test")
     if name.endswith("resize"):
@@ -268,7 +275,7 @@ def tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
     """The images of `train`, `val` or `test` by their names, in the folder or inside the zip."""
     folder = data_dir / "tiny-imagenet-200" / part
     if folder.is_dir():
-        return image_files([folder])
+        return pictures.image_files([folder])
     archive = data_dir / "tiny-imagenet-200.zip"
     _download("tiny-imagenet", TINY_IMAGENET, archive, TINY_IMAGENET_MD5)
     inside = zipfile.ZipFile(archive)
@@ -284,7 +291,8 @@ def _read_odin_archive(name: str, data_dir: Path) -> np.ndarray:
         _download(name, url, data_dir / archive, md5)
         with _downloading(name, top) as aside, tarfile.open(data_dir / archive) as tar:
             tar.extractall(aside, filter="data")
-    images, _ = pictures.read_and_report(name, image_files([data_dir / folder]), 32 + 2 * frame)
+    files = pictures.image_files([data_dir / folder])
+    images, _ = pictures.read_and_report(name, files, 32 + 2 * frame)
     return images[:, frame : frame + 32, frame : frame + 32]
 
 
@@ -312,8 +320,8 @@ def _downloading(name: str, path: Path) -> Iterator[Path]:
         # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
         reason = " ".join(str(error).split())
         raise ImagesUnavailable(
-            f"{name}: not found in {path.parent}, and the download failed ({reason}); connect to "
-            f"the network or put the files there (see data/README.md)"
+            f"{name}: not found in {path.parent}, and could not be downloaded ({reason}); "
+            "connect to the network, or put the unpacked files there (see data/README.md)"
         ) from error
 
 
@@ -330,6 +338,7 @@ def random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.
 def _class_indices(known_classes: str, classes: Sequence[str]) -> list[int]:
     index_of = {str(index): index for index in range(len(classes))}
     index_of |= {name: index for index, name in enumerate(classes)}  # a name goes before an index
+    known_classes = unicodedata.normalize("NFC", known_classes)
     wanted = [item for item in map(str.strip, known_classes.split(",")) if item] or classes
     if absent := [item for item in wanted if item not in index_of]:
         problem = f"no class {some(absent)}; expected {some(classes)}, or 0..{len(classes) - 1}"

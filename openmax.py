@@ -34,6 +34,7 @@ MIN_TAIL_SIZE = 5  # three points or fewer give the same shape whatever they are
 SMALLEST_SPREAD = 1e-10  # of a tail, relative to its values or 1: below, rounding decides
 LARGEST_DISTANCE = 1e15  # of a tail: beyond, libMR's translation by 1 is lost in rounding
 LARGEST_HAZARD = 1e300  # a few of them still have a finite sum
+SMALLEST_REST = 1e-200  # of 1 - w
 ROWS = 2000  # scored at a time: their intermediate results stay in the processor's cache
 EUCOS_SCALE = 200  # eucos = euclidean / 200 + cosine, as in the OpenMax authors' code
 Array = NDArray[np.float64]
@@ -96,8 +97,8 @@ class OpenMax(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Fit MAVs and tails to activation vectors X [N, D] and labels y [N], numbers or text.
 
         Raises:
-            ValueError: an array or a parameter is off, logits and classes differ in number, or a
-                class has fewer than 5 correctly classified images or no Weibull that fits.
+            ValueError: an array or a parameter is invalid, logits and classes differ in number, or
+                a class has fewer than 5 correctly classified images or no Weibull that fits.
         """
         vectors, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=MIN_TAIL_SIZE)
         check_classification_targets(y)
@@ -177,7 +178,7 @@ def correctly_classified(
         if len(group) < MIN_TAIL_SIZE:
             raise ValueError(
                 f"{names[label]} has {np.sum(labels == label)} images, {len(group)} of them "
-                f"classified correctly; expected at least {MIN_TAIL_SIZE}"
+                f"classified correctly; expected at least {MIN_TAIL_SIZE}: train longer, or on more"
             )
     return groups
 
@@ -215,7 +216,7 @@ def fit_tail(tail: Array) -> tuple[float, float, float]:
         ValueError: the distances are not finite, beyond 1e15 or equal to within rounding.
     """
     low, high, scale, shape = float(np.min(tail)), float(np.max(tail)), 0.0, 0.0
-    if high < LARGEST_DISTANCE and high - low > SMALLEST_SPREAD * max(1, high):
+    if high < LARGEST_DISTANCE and high - low > SMALLEST_SPREAD * max(1, high, -low):
         if libmr is not None:
             model = libmr.MR()
             model.fit_high(tail.tolist(), len(tail))
@@ -254,7 +255,8 @@ def fit_tail_scipy(tail: Array) -> tuple[float, float]:
 def recalibrate(logits: Array, w: Array, alpha: int = 0) -> Array:
     """OpenMax probabilities [N, K + 1], unknown last, of logits [N, K] and w [N, K] in 0..1."""
     if alpha == 0:
-        known = softmax(np.asfortranarray(logits), axis=1) * (1 - w)  # 3 x as fast column by column
+        rest = np.maximum(1 - w, SMALLEST_REST)  # never 0, which would tie classes
+        known = softmax(np.asfortranarray(logits), axis=1) * rest  # 3 x as fast column by column
         return np.column_stack([known, np.maximum(1 - known.sum(axis=1), 0)])
     return softmax(revised_logits(logits, w, alpha), axis=1)
 

@@ -30,8 +30,14 @@ FORMATS = tuple(name for name in SAFE_FORMATS if name in Image.OPEN)  # EPS woul
 IMAGE_SUFFIXES = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
 IMAGE_SUFFIXES |= {".mpo", ".heic", ".heif"}  # HEIC is listed to say why it is not read
 HEIC = "HEIC is not supported here: convert it to JPEG"
-HIDDEN = re.compile(r"\..*|__macosx|@eadir|#recycle|\$recycle.bin|thumbs.db|desktop.ini", re.I)
-SPLIT_NAME = re.compile(r"(train|valid|val|test|dev)(ing|ation)?([-_ ]?set)?", re.I)
+HIDDEN = re.compile(
+    r"\..*|__macosx|@eadir|[@#$]recycle(\.bin)?|#snapshot|thumbs\.db|desktop\.ini|lost\+found|"
+    "system volume information",
+    re.I,
+)
+SPLIT_NAME = re.compile(
+    r"(.*[-_ .])?(train|valid|val|test|dev)(ing|ation)?([-_ .]?(set|data|images?|[0-9]+))?", re.I
+)
 
 
 class ImageSet(NamedTuple):
@@ -96,7 +102,7 @@ def folder_of(name: str) -> Path:
     """The folder of `folder:PATH`, `~` expanded, as a whole path; ValueError if there is none."""
     folder = Path(os.path.expanduser(name.removeprefix("folder:"))).resolve()
     if not folder.is_dir():
-        raise ValueError(f"{printable(folder)}: no such folder; expected a folder of images")
+        raise ValueError(f"{printable(folder)}: no such folder; if it moved, name its new place")
     return folder
 
 
@@ -106,28 +112,30 @@ def class_folders(root: Path) -> list[Path]:
     names = [folder.name for folder in folders]
     inside = [[path.name for path in _visible(folder) if path.is_dir()] for folder in folders]
     splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
-    if len(splits) > 1 or (splits and splits == names):
+    holding = [name for name, below in zip(names, inside, strict=True) if len(below) > 1]
+    holding.sort(key=lambda name: "train" not in name.lower())
+    better = [f"try --dataset {shlex.quote(f'folder:{root / name}')}" for name in holding]
+    if len(splits) > 1:
         problem = f"its sub-folders {some(splits)} are splits, not classes"
     elif len(folders) < 2:
         problem = f"its only sub-folder is {names[0]}" if names else "it has no sub-folders"
     elif len(inside[0]) > 1 and all(each == inside[0] for each in inside):
         problem = f"each of its sub-folders {some(names)} holds {some(inside[0])}"
+        better = ["move the images up into the sub-folders, or name one of these"]
     else:
         return folders
     problem += "; expected one sub-folder of images per class, two or more"
-    better = [name for name, below in zip(names, inside, strict=True) if len(below) > 1]
-    better.sort(key=lambda name: not name.lower().startswith("train"))
-    if better:
-        problem += f"; try --dataset {shlex.quote(f'folder:{root / better[0]}')}"
-    raise ValueError(printable(f"{root}: {problem}"))
+    raise ValueError(printable("; ".join([f"{root}: {problem}", *better[:1]])))
 
 
-def read_class_folders(folders: Sequence[Path], size: int) -> tuple[ImageSet, ImageSet, ImageSet]:
+def read_class_folders(
+    folders: Sequence[Path], known: Sequence[int], size: int
+) -> tuple[ImageSet, ImageSet, ImageSet]:
     """Read the images of all classes as training, validation and test images.
 
     Split and order come from the pixels alone: an image keeps its side when others come or go, and
     when it is renamed. Of equal images in a class one is kept. An image in two classes has no true
-    label and is left out. One line on stderr counts each. ValueError: too few images.
+    label and is left out. One line on stderr counts each. ValueError: a `known` class has too few.
     """
     root, names = folders[0].parent, [folder.name for folder in folders]
     found = [find_images(folder) for folder in folders]
@@ -144,8 +152,8 @@ def read_class_folders(folders: Sequence[Path], size: int) -> tuple[ImageSet, Im
         if labels[first.setdefault(key, index)] != labels[index]:
             in_two[key] = [files[read[i]].relative_to(root) for i in (first[key], index)]
     if in_two:
-        line = "{}: left out, as in two classes: {:,} ({} and {})"
-        line = line.format(root.name, len(in_two), *in_two[min(in_two)])
+        line = "{}: left out, as their images are in two classes: {:,} files ({} and {})"
+        line = line.format(root.name, sum(map(in_two.__contains__, hashes)), *in_two[min(in_two)])
         print(printable(line), file=sys.stderr)
     keys = sorted(first.keys() - in_two.keys())
     if copies := sum(key not in in_two for key in hashes) - len(keys):
@@ -154,13 +162,12 @@ def read_class_folders(folders: Sequence[Path], size: int) -> tuple[ImageSet, Im
     side = np.digitize([int.from_bytes(key[:8], "big") / 2**64 for key in keys], SPLIT_AT)
     train, val, test = (kept.where(side == part) for part in (TRAIN, VAL, TEST))
     counts, training = (np.bincount(part.labels, minlength=len(names)) for part in (kept, train))
-    if few := [f"{names[i]} has {counts[i]}" for i in np.flatnonzero(counts < MIN_PER_CLASS)]:
+    if few := [f"{names[i]} has {counts[i]}" for i in known if counts[i] < MIN_PER_CLASS]:
         problem = f"{', '.join(few)}; each class needs {MIN_PER_CLASS} different images or more"
-    elif training.min() < MIN_TRAIN or len(val.labels) < MIN_VAL:
-        problem = (
-            f"the split leaves {training.min()} training images of {names[training.argmin()]} and "
-            f"{len(val.labels)} validation images in all; expected {MIN_TRAIN} and {MIN_VAL}"
-        )
+    elif few := [f"{names[i]} {training[i]}" for i in known if training[i] < MIN_TRAIN]:
+        problem = f"training images are too few: {', '.join(few)}; each class needs {MIN_TRAIN}"
+    elif (left := np.isin(val.labels, known).sum()) < MIN_VAL:
+        problem = f"validation images are too few: {left}; add images until {MIN_VAL} are drawn"
     else:
         return train, val, test
     raise ValueError(printable(f"{root}: {problem}"))
@@ -174,7 +181,8 @@ def read_and_report(
     One line on stderr says what was not read, `other` kinds of files included.
     """
     images, unread = read_images(files, size)
-    bad = [f"{files[i].name}: {reason}" for i, reason in unread.items() if reason != HEIC]
+    ends = {i: "/".join(Path(str(files[i])).parts[-2:]) for i in unread}  # class and file
+    bad = [f"{ends[i]}: {reason}" for i, reason in unread.items() if reason != HEIC]
     kinds = Counter(other) + Counter({".heic (convert HEIC to JPEG)": len(unread) - len(bad)})
     parts = [f"{len(bad):,} unreadable ({some(bad, 3)})"] if bad else []
     parts += [f"{count:,} {kind}" for kind, count in kinds.most_common()]
@@ -303,7 +311,5 @@ def some(names: Sequence[str], count: int = 10) -> str:
 
 
 def printable(text: object) -> str:
-    """Text that the terminal can show: what it cannot is escaped with backslashes."""
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    """Text with what cannot be printed escaped by backslashes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

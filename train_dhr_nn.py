@@ -29,32 +29,28 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
-from command_line import make_parser, run
-from distributed import average, first_process_first, rank, replicated, world_size
+from command_line import check_writable, make_parser, run, software_versions
+from distributed import average, bar_hidden, first_process_first, rank, replicated, world_size
 from fractals import fractals
-from methods import DHROpenMax
-from models import (
-    NETWORK_KEYS,
-    DHRNet,
-    check_writable,
-    load_checkpoint,
-    replace_file,
-    save_checkpoint,
-    software_versions,
+from methods import DHROpenMax, check_classes
+from models import NETWORK_KEYS, DHRNet, load_checkpoint, replace_file, save_checkpoint
+from open_set_data import KNOWN_SETS, KnownData, check_same_images, fingerprint, load_known
+from pictures import ImageSet
+from training import (
+    SCHEDULES,
+    batches,
+    build_optimizers,
+    gflop_per_image,
+    one_vs_rest,
+    second_cycle,
 )
-from open_set_data import (
-    KNOWN_SETS,
-    ImageSet,
-    KnownData,
-    check_same_images,
-    fingerprint,
-    load_known,
-)
-from training import SCHEDULES, batches, build_optimizers, gflop_per_image, last_cycle, one_vs_rest
 
 
 class Recipe(NamedTuple):
-    """Settings that `--arch` carries; a flag of the same name overrides one of the first five."""
+    """Settings that `--arch` carries; a flag of the same name overrides one of the first five.
+
+    The schedule `two-cycles` also mixes in fractals and averages the weights, see `train`.
+    """
 
     epochs: int
     batch_size: int
@@ -73,11 +69,11 @@ RECIPES = {
     "tuned": Recipe(11, 500, 0.02, "one-vs-rest", 12, optimizer="tuning"),
 }
 SHIPPED_NETWORK = Path(__file__).resolve().parent / "dhr_net.pt"  # where `tuned` starts
-# A small set takes smaller batches, at least 10 in an epoch, and more epochs, at least 300 steps,
-# or 100 where the encoder is trained already.
+# A small set takes smaller batches, for about 10 steps per epoch, and more epochs, for at least 300
+# steps, or 100 where the encoder is trained already.
 MIN_BATCH, MIN_STEPS_PER_EPOCH, MIN_STEPS, MIN_TUNING_STEPS = 16, 10, 300, 100
 NOT_MIRRORED = ("mnist", "svhn", "digits")  # a mirrored digit is another sign
-STATISTICS_IMAGES = 5000  # at most, that the input's mean, deviation and whitening come from
+STATISTICS_IMAGES = 5000  # at most, for the input's statistics; fewer of more than 64x64 pixels
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
     "dataset", "known_classes", "image_size", "arch", *Recipe._fields, "reconstruction_weight",
@@ -106,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, metavar="N", help="passes over the training images, 1 or more")
     add("--batch-size", type=int, metavar="N", help="images per step, 2 or more")
     add("--lr", type=float, metavar="RATE",
-        help="peak rate of vgg's SGD, or of Muon on the encoder, which AdamW's follow; above 0")
+        help="peak rate of SGD (vgg) or Muon; AdamW's rates are proportional to it; above 0")
     add("--loss", choices=("softmax", "one-vs-rest"),
         help="cross-entropy of the softmax, as published, or of every logit's sigmoid")
     add("--cutout", type=int, metavar="PIXELS",
@@ -115,6 +111,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the initial weights, the batches and the augmentation (default 0)")
+    add("--no-mirror", action="store_true",
+        help="the mirror image of a picture is another thing, as with letters, or left and right "
+        "hands (default: only for digits)")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
     add("--out", type=Path, default=Path("trained.pt"), metavar="PATH",
@@ -133,7 +132,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, (lowest, beyond) in limits.items():
         value = getattr(args, name)
         if value is not None and not lowest <= value < beyond:
-            parser.error(f"--{name.replace('_', '-')} is {value}; see --help for its range")
+            flag = f"--{name.replace('_', '-')}"
+            of_others = f"at least {lowest}"
+            expected = {"image_size": "16..1024", "lr": "more than 0"}.get(name, of_others)
+            parser.error(f"{flag} is {value}; expected {expected}")
     return args
 
 
@@ -174,7 +176,8 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
     processes = world_size()
     if args.batch_size is None:
         fitting = max(MIN_BATCH, count // MIN_STEPS_PER_EPOCH)
-        args.batch_size = min(recipe.batch_size, fitting) // processes * processes
+        whole = min(recipe.batch_size, fitting) // processes * processes
+        args.batch_size = max(whole, 2 * processes)
     if args.batch_size > count:
         raise ValueError(f"--batch-size is {args.batch_size}; expected at most {count}, all images")
     if args.batch_size % processes or args.batch_size == processes:
@@ -196,7 +199,8 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
     """The network and the checkpoint of an unfinished run, whose settings replace those in `args`.
 
     Raises:
-        ValueError: there is no unfinished run, or another version of this script wrote it.
+        ValueError: there is no unfinished run, another version of this script wrote it, or `args`
+            differ from its settings.
     """
     if not partial.exists():
         raise ValueError(f"{partial} does not exist: nothing to resume, leave --resume out")
@@ -205,32 +209,43 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
         raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
     if tuple(saved["train_args"]) != STORED_ARGS:
         raise ValueError(f"{partial} was written by another version: remove it and start again")
-    vars(args).update(saved["train_args"])
+    stored, defaults = saved["train_args"], vars(parse_args([]))
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name in stored.keys() & defaults.keys() - {"arch"}
+        if vars(args)[name] not in (defaults[name], stored[name])
+    ]
+    if changed:
+        problem = f"--resume goes on with the settings in {partial}: leave out"
+        raise ValueError(f"{problem} {', '.join(sorted(changed))}, or remove the file")
+    vars(args).update(stored)
     return network, {key: saved[key] for key in saved.keys() - NETWORK_KEYS}
 
 
 def build_network(args: argparse.Namespace, data: KnownData) -> DHRNet:
-    """A new network with the input statistics of the training images; or, for `tuned`, with those
-    and the weights of the shipped network, but for its last layer and what has another shape.
+    """A new network with the input statistics of the training images. For `tuned`: with statistics
+    and weights of the shipped network, except the last layer and layers of another shape.
 
     Raises:
         ValueError: `tuned` is to learn from grey images.
     """
     torch.manual_seed(args.seed)
     count, size, _, channels = data.train.images.shape
-    mirrored = args.dataset not in NOT_MIRRORED
+    mirrored = not args.no_mirror and args.dataset not in NOT_MIRRORED
     if args.arch == "tuned":
         if channels != 3:
-            raise ValueError("--arch tuned goes on from colour images; for grey ones, name another")
+            raise ValueError("--arch tuned needs colour images; for grey ones, take --arch fast")
         start, _ = load_checkpoint(SHIPPED_NETWORK)
         network = DHRNet(len(data.classes), channels, size, start.config["arch"], mirrored)
-        new, weights = network.state_dict(), start.state_dict()
-        kept = [name for name in new if new[name].shape == weights[name].shape]
-        taken = {name: weights[name] for name in kept if not name.startswith("head.")}
-        network.load_state_dict(new | taken)
+        new = network.state_dict()
+        for name, weight in start.state_dict().items():
+            if not name.startswith("head.") and weight.shape == new[name].shape:
+                new[name] = weight
+        network.load_state_dict(new)
         return network
     network = DHRNet(len(data.classes), channels, size, args.arch, mirrored)
-    some = data.train.images[:: -(-count // STATISTICS_IMAGES)]  # of every class
+    most = STATISTICS_IMAGES * min(1, (64 / size) ** 2)
+    some = data.train.images[:: math.ceil(count / most)]  # of every class
     network.fit_input_statistics(torch.from_numpy(some).permute(0, 3, 1, 2))
     return network
 
@@ -255,15 +270,13 @@ def finish(
 ) -> None:
     """Write the trained network with its open-set rule, and draw the course of the run."""
     network.eval()
-    train, val = (
-        extract(network, images, args.batch_size, title)
-        for title, images in (("train", data.train), ("val", data.val))
-    )
+    train = extract(network, data.train, args.batch_size, "train")
+    val = extract(network, data.val, args.batch_size, "val")
     try:
-        rule = DHROpenMax().fit(train, val)
-        saved = {**saved, "open_set_rule": rule.state_dict()}
+        check_classes(train, data.classes)
+        saved["open_set_rule"] = DHROpenMax().fit(train, val).state_dict()
     except ValueError as error:
-        print(f"no open-set rule is stored: {error}")
+        print(f"no open-set rule is stored: {error}", file=sys.stderr)
     save_checkpoint(args.out, network, **saved)
     print(f"wrote {args.out}")
     try:  # a picture cannot undo the run
@@ -276,14 +289,19 @@ def finish(
         print(f"the course of the run could not be drawn: {error}", file=sys.stderr)
     accuracy = accuracy_on(network, data.test_known, args.batch_size)
     print(f"accuracy on the {len(data.test_known.labels):,} test images: {100 * accuracy:.2f} %")
-    print(next_steps(args))
+    print(next_steps(args, "open_set_rule" in saved))
 
 
-def next_steps(args: argparse.Namespace) -> str:
+def next_steps(args: argparse.Namespace, with_rule: bool) -> str:
     """The commands that work next for this data set."""
     measure = f"python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}"
     train = f"python train_dhr_nn.py --dataset {shlex.quote(args.dataset)}"
-    lines = ["say what a picture shows, or that it is unknown:", f"  {measure} --images photo.jpg"]
+    lines = []
+    if with_rule:
+        lines += ["say what a picture shows, or that it is unknown:",
+                  f"  {measure} --images photo.jpg"]  # fmt: skip
+    if args.data_dir != Path("data"):
+        measure += f" --data-dir {shlex.quote(str(args.data_dir))}"
     if args.known_classes:
         lines += ["measure it against the classes left out:", f"  {measure}"]
     elif args.dataset.startswith("folder:"):
@@ -299,10 +317,9 @@ def next_steps(args: argparse.Namespace) -> str:
 def batches_of(
     args: argparse.Namespace, network: DHRNet, images: Tensor, labels: Tensor, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch, from 0; those of a second cycle have fractals mixed in, but for the
-    last ones."""
+    """The batches of an epoch, from 0. In a second cycle, fractals are mixed in."""
     pictures = None
-    if args.schedule == "two-cycles" and epoch in last_cycle(args.epochs):
+    if args.schedule == "two-cycles" and epoch in second_cycle(args.epochs):
         pictures = torch.from_numpy(fractals(*images.shape[2:])).to(images.device)
     return batches(
         images, labels, args.batch_size, network.config["mirrored"], args.augmentation,
@@ -313,8 +330,9 @@ def batches_of(
 def train(
     args: argparse.Namespace, network: DHRNet, optimizers: list[torch.optim.Optimizer],
     data: KnownData, saved: dict[str, Any], partial: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Train from epoch `saved["epoch"]` on, saving every epoch; return the checkpoint's entries."""
+) -> None:  # fmt: skip
+    """Train from epoch `saved["epoch"]` on. Save every epoch, and keep the checkpoint's entries in
+    `saved`."""
     device = network.mean.device
     images = torch.from_numpy(data.train.images).to(device)  # all on the device, uint8
     labels = torch.from_numpy(data.train.labels).to(device)
@@ -322,19 +340,20 @@ def train(
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
     schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
     replica, averaged = replicated(network), AveragedModel(network)
-    cycle = last_cycle(args.epochs * steps)
+    cycle = second_cycle(args.epochs * steps)
     averaged_steps = cycle[len(cycle) // 2 :] if two_cycles else ()
     if "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs):
         start, history = time.perf_counter(), []
-        if averaged.n_averaged and epoch == last_cycle(args.epochs).stop:
-            network.load_state_dict(averaged.module.state_dict())
         network.train()
         drawn = batches_of(args, network, images, labels, epoch)
-        bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=rank() > 0)
+        title, hidden = f"epoch {epoch + 1}", bar_hidden()
+        bar = tqdm(drawn, title, steps, unit="step", leave=False, disable=hidden)
         for step, (batch, target) in enumerate(bar, epoch * steps):
+            if step == cycle.stop and averaged.n_averaged:
+                network.load_state_dict(averaged.module.state_dict())
             rate = schedule(step, args.epochs * steps)
             for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate * group["peak_lr"]
@@ -351,12 +370,13 @@ def train(
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
             if args.dry_run:
-                return saved
+                return
+        losses = average(torch.stack(history).cpu().double())  # waits for the device
         seconds = time.perf_counter() - start
-        losses = average(torch.stack(history).double().cpu())
         if bad_step := broken_step(losses, network):
-            line = f"loss not finite at step {bad_step} of epoch {epoch + 1}; try a smaller --lr"
-            raise ValueError(line + (f" ({partial} holds epoch {epoch})" if epoch else ""))
+            line = f"loss not finite at step {bad_step} of epoch {epoch + 1}; "
+            line += f"remove {partial} and start again" if epoch else "start again"
+            raise ValueError(f"{line} with a smaller --lr")
         if not rank():
             val_accuracy = accuracy_on(network, data.val, args.batch_size)
             row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)
@@ -366,7 +386,6 @@ def train(
             mean = {"averaged": averaged.state_dict()} if two_cycles else {}
             states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(partial, network, **saved, **mean, optimizer_states=states)
-    return saved
 
 
 def print_epoch(row: dict[str, float], images_per_second: float) -> None:
@@ -379,8 +398,10 @@ def print_epoch(row: dict[str, float], images_per_second: float) -> None:
 
 
 def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
-    for path in (args.out, partial) if not rank() else ():
+    for path in (args.out, partial):
         check_writable(path)
+    if args.out.exists() and not args.dry_run:
+        print(f"{args.out} exists and will be replaced")
     saved: dict[str, Any] = {"epoch": 0, "course": []}
     if args.resume:
         network, saved = load_unfinished(partial, args)
@@ -424,7 +445,7 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
         "images": fingerprint(data),
         "pflop": pflop,
     }
-    saved = train(args, network, optimizers, data, saved, partial)
+    train(args, network, optimizers, data, saved, partial)
     if args.dry_run:
         print("dry run: took one step, wrote nothing")
     elif not rank():
@@ -437,8 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     partial = Path(f"{args.out}.partial")
 
     def kept() -> str:
-        advice = "add --resume to go on" if partial.exists() else "no epoch was complete"
-        return f"{advice} ({partial})"
+        return f"add --resume to go on ({partial})" if partial.exists() else "no epoch was complete"
 
     return run("train_dhr_nn.py", lambda: prepare_and_train(args, partial), kept)
 

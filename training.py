@@ -16,15 +16,15 @@ from models import DHRNet
 
 SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
 ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
-GREY = 120  # of what cutout cuts out, about the mean of photographs
-SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for 19 halvings
+GREY = 120  # of cutout's square and of rotate's canvas, about the mean of photographs
+SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, which halves 19 times
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
-LAST_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
+SECOND_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
 PLATEAU = 0.4  # of the second cycle's peak rate
 MUON_MOMENTUM = 0.6
 ADAM_RATE, ADAM_BIAS_RATE = 0.02, 0.1  # as shares of Muon's rate: matrices, and biases
 ADAM_BETAS, ADAM_WEIGHT_DECAY = (0.9, 0.95), 0.01
-TUNING_FACTOR = 5  # AdamW's rates, where the encoder is trained already
+TUNING_FACTOR = 5  # of AdamW's rates, where the encoder is trained already
 
 
 def augment(
@@ -49,7 +49,7 @@ def augment(
         pictures: to mix into half of the images, see `mix`; None for none.
 
     Returns:
-        [B, C, H, W] uint8 in channels-last memory order.
+        [B, C, H, W] uint8.
     """
     move = {"shift": shift, "rotate": rotate}[augmentation]
     batch = move(images, index, mirrored, generator)
@@ -196,7 +196,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
-                buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                state = self.state[weight]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(weight)
+                buffer = state["momentum"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(buffer, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
@@ -267,7 +270,7 @@ def one_cycle(step: int, total_steps: int) -> float:
 def two_cycles(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: one cycle; another, half as high, that ends on a plateau; a
     linear fall from there to 0."""
-    cycle = last_cycle(total_steps)
+    cycle = second_cycle(total_steps)
     if step < cycle.start:
         return one_cycle(step, cycle.start)
     if step < cycle.stop:
@@ -275,16 +278,16 @@ def two_cycles(step: int, total_steps: int) -> float:
     return PLATEAU / 2 * (total_steps - step) / (total_steps - cycle.stop)
 
 
-def last_cycle(total: int) -> range:
-    """Which of all epochs, or steps, are in the last of `two_cycles`, but for its fall to 0."""
-    first, last = LAST_CYCLE
+def second_cycle(total: int) -> range:
+    """The epochs, or steps, of the second of `two_cycles`, without its fall to 0."""
+    first, last = SECOND_CYCLE
     return range(round(first * total), round(last * total))
 
 
 def plateau(step: int, total_steps: int) -> float:
     """Share of the peak rate at a step: one cycle that falls no lower than `PLATEAU`, where weights
     are averaged."""
-    return max(one_cycle(step, total_steps * 2 // 3), PLATEAU)
+    return max(one_cycle(step, max(1, total_steps * 2 // 3)), PLATEAU)
 
 
 SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}

@@ -32,8 +32,8 @@ from peers import TEXTBOOK_BATCH, PytorchOodOpenMax, loop_openmax, one_by_one, t
 
 from activations import extract, keep_freed_memory, number_format
 from models import DHRNet
-from open_set_data import ImageSet
 from openmax import OpenMax, libmr
+from pictures import ImageSet
 from training import gflop_per_image
 
 AIRBENCH_PFLOP = 0.36  # of airbench94, a classifier alone (Jordan 2024, arXiv 2404.00498)

@@ -5,7 +5,6 @@
 The scores come from the shipped activation vectors; it takes seconds.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from scipy.stats import weibull_min
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import load_shipped
+from activations import file_sha256, load_shipped
 from methods import DHROpenMax
 from report import Figure, render
 
@@ -96,7 +95,7 @@ def draw_network(figure: Figure) -> None:
 
 
 def main() -> None:
-    checkpoint = hashlib.sha256((ROOT / "dhr_net.pt").read_bytes()).hexdigest()
+    checkpoint = file_sha256(ROOT / "dhr_net.pt")
     sets = load_shipped(checkpoint, ["train", "val", "test_known", "tiny-imagenet-crop"])
     rule = DHROpenMax().fit(sets["train"], sets["val"])
     scores = [rule.score(sets[name]).unknownness for name in ("test_known", "tiny-imagenet-crop")]

@@ -32,18 +32,18 @@ from metrics import auroc, fpr_at_95_tpr
 from models import DHRNet
 from open_set_data import (
     TORCHVISION,
-    ImageSet,
     ImagesUnavailable,
     as_unknown,
     load_cifar100_test,
     load_known,
     load_unknown,
-    read_images,
     tiny_imagenet_files,
 )
+from pictures import ImageSet, read_and_report
 
 NEAR = ("cifar100", "tiny-imagenet")
 FAR = ("svhn", "mnist", "textures")
+TIN_COUNT = 7793
 BOARD = (  # training, score, near-OOD AUROC in %, closed-set accuracy in %
     ("RotPred + PixMix", "RotPred", 94.86, 95.91),
     ("LogitNorm + PixMix", "MSP", 94.25, 94.60),
@@ -71,7 +71,9 @@ def benchmark_sets(test: ImageSet, data_dir: Path) -> dict[str, ImageSet]:
     unknown = {"cifar100": cifar100.images}
     left_out = {f"val_{number}.JPEG" for number in lists["tin_left_out"]}
     files = [file for file in tiny_imagenet_files(data_dir, "val") if file.name not in left_out]
-    unknown["tiny-imagenet"] = read_images(files, 32)[0]
+    unknown["tiny-imagenet"], read = read_and_report("tiny-imagenet", files, 32)
+    if len(read) != TIN_COUNT:
+        print(f"tiny-imagenet: {len(read):,} images, where the benchmark takes {TIN_COUNT:,}")
     for name in FAR:
         if (data_dir / TORCHVISION[name][1].format(split="test")).exists():
             unknown[name] = load_unknown(name, data_dir, 32)
@@ -85,14 +87,16 @@ def features_of(network: DHRNet) -> Iterator[list[torch.Tensor]]:
     """The features [N, D] that the last layer takes, of each batch the network is called with."""
     seen: list[torch.Tensor] = []
     hook = network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    yield seen
-    hook.remove()
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def extract_with_features(
     network: DHRNet, images: ImageSet, title: str
 ) -> tuple[Activations, torch.Tensor]:
-    """Activations, and what the last layer makes the logits of [N, D], averaged over the views."""
+    """Activations, and the features [N, D] behind the logits, averaged over the views."""
     with features_of(network) as seen:
         activations = extract(network, images, 250, title)
     collected = [features.float().cpu() for features in seen]
@@ -177,8 +181,8 @@ def run(path: Path, data_dir: Path, device: str) -> dict[str, Any]:
     try:
         for name, scores in peer_scores(network, sets, tested):
             methods[f"pytorch-ood {name}"] = measure(scores)
-    except ImportError:
-        print("pytorch-ood is not installed: pip install pytorch-ood")
+    except ModuleNotFoundError as error:
+        print(f"{error}: pip install pytorch-ood, for its detectors")
     accuracy = float(np.mean(known.logits.argmax(axis=1) == known.labels))
     return {"accuracy": 100 * accuracy, "methods": methods}
 

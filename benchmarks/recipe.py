@@ -49,8 +49,9 @@ from fractals import fractals
 from methods import DHROpenMax, OpenMaxSettings, build_methods
 from metrics import Scores
 from models import DHRNet
-from open_set_data import ImageSet, as_unknown, load_known
+from open_set_data import as_unknown, load_known
 from openmax import UNKNOWN
+from pictures import ImageSet
 from training import (
     batches,
     blend,
@@ -73,8 +74,8 @@ class Spread(DHROpenMax):
     alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
     there."""
 
-    def tests(self, logits: Tensor, latents_max: Tensor) -> Tensor:
-        _, distances = super().tests(logits, latents_max).T
+    def statistics(self, logits: Tensor, latents_max: Tensor) -> Tensor:
+        _, distances = super().statistics(logits, latents_max).T
         spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
         return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
 

@@ -5,7 +5,6 @@ python benchmarks/ship.py --refit    # after a change of the open-set rule: fit 
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from activations import SHIPPED_PATH, extract, load_network, write_shipped
+from activations import SHIPPED_PATH, extract, file_sha256, load_network, write_shipped
 from methods import DHROpenMax
 from models import NETWORK_KEYS, save_checkpoint
 from open_set_data import KNOWN_SPLITS, as_unknown, load_known, load_unknown
@@ -34,7 +33,7 @@ def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNO
         saved["open_set_rule"] = DHROpenMax().fit(sets["train"], sets["val"]).state_dict()
         entries = {key: entry for key, entry in saved.items() if key not in NETWORK_KEYS}
         save_checkpoint(path, network.cpu(), **entries)
-    write_shipped(hashlib.sha256(path.read_bytes()).hexdigest(), sets, out)
+    write_shipped(file_sha256(path), sets, out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

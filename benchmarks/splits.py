@@ -32,14 +32,8 @@ from activations import extract, load_network
 from command_line import make_parser
 from methods import OpenMaxSettings, build_methods
 from metrics import open_set_metrics
-from open_set_data import (
-    TORCHVISION,
-    ImagesUnavailable,
-    as_unknown,
-    fit_to,
-    load_cifar100_test,
-    load_known,
-)
+from open_set_data import TORCHVISION, ImagesUnavailable, as_unknown, load_cifar100_test, load_known
+from pictures import fit_to
 
 # Indices into the sorted class names.
 KNOWN = {

@@ -33,17 +33,10 @@ sys.path.insert(0, str(ROOT))
 from activations import Activations, extract, load_network, load_shipped, write_shipped
 from command_line import make_parser
 from methods import DHROpenMax, OpenMaxSettings, build_methods
-from metrics import Scores, open_set_metrics
+from metrics import TITLES, Scores, open_set_metrics
 from models import DHRNet, replace_file
-from open_set_data import (
-    KNOWN_SPLITS,
-    ImageSet,
-    as_unknown,
-    fit_to,
-    load_known,
-    load_unknown,
-    random_crops,
-)
+from open_set_data import KNOWN_SPLITS, as_unknown, load_known, load_unknown, random_crops
+from pictures import ImageSet, fit_to
 
 DATA = ROOT / "data"
 VEHICLES_AND_HOOFED = "airplane,automobile,deer,horse,ship,truck"  # unknown: bird, cat, dog, frog
@@ -53,7 +46,7 @@ PHOTOS_OF_VEHICLES = (
     "school bus", "sports car",
 )  # fmt: skip
 UNKNOWN_KINDS = ("classes", "crops", "resized")
-METRICS = {"auroc": "AUROC", "fpr_at_95_tpr": "FPR95", "oscr": "OSCR", "macro_f1": "macro-F1"}
+METRICS = ("auroc", "fpr_at_95_tpr", "oscr", "macro_f1")
 TESTED = ROOT / "tests" / "zoo"
 TESTED_NETWORKS = ("digits 0", "digits ovr 0", "photos 12 0", "cifar 500 0", "cifar 500 ovr 0")
 TESTED_IMAGES = 1000  # of each set, at most
@@ -97,6 +90,8 @@ NETWORKS = [
     Network("cifar 3000 ovr", "cifar10-3000", ANIMALS, OVR),
     Network("vgg 1500", "cifar10-1500", VEHICLES_AND_HOOFED, VGG),
     Network("deep", "cifar10-3000", VEHICLES_AND_HOOFED, DEEP),
+    # trained after the rule was chosen, as deep is trained now, in two cycles
+    Network("deep more", "cifar10-3000", ANIMALS, DEEP, seed=1),
 ]
 NAMES = list(dict.fromkeys(network.name for network in NETWORKS))
 
@@ -282,7 +277,7 @@ def print_tasks(figures: Figures, metric: str, title: str) -> None:
 
 
 def print_means(figures: Figures, title: str) -> None:
-    columns = [*METRICS.values(), "lowest AUROC"]
+    columns = [*map(TITLES.get, METRICS), "lowest AUROC"]
     print(f"\n{title + ', means in %':44}" + "".join(f"{column:>13}" for column in columns))
     for name, row in means(figures).items():
         print(f"{name:44}" + "".join(f"{100 * value:13.2f}" for value in row.values()))
@@ -357,8 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.store_for_tests:
         return store_for_tests(networks)
     figures = compare(networks, lambda _: build_methods(OpenMaxSettings()))
-    for metric, title in METRICS.items():
-        print_tasks(figures, metric, title)
+    for metric in METRICS:
+        print_tasks(figures, metric, TITLES[metric])
     of_settings, of_variants = compare(networks, settings), compare(networks, variants)
     print_means(of_settings, "published methods, both forms")
     print_means(of_variants, "parts of dhr_openmax")

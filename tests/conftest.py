@@ -4,12 +4,14 @@ import os
 import shutil
 
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
 import compute_openmax
 import fractals
 import train_dhr_nn
+from models import load_checkpoint
 from open_set_data import load_known
 
 SIX_OF_TEN = ["--dataset", "digits", "--known-classes", "0,1,2,3,4,5", "--batch-size", "50"]
@@ -47,7 +49,7 @@ def error_line(capsys):
 @pytest.fixture
 def few_fractals(monkeypatch):
     """Four fractals, where there would be 2,000, which take half a minute."""
-    monkeypatch.setattr(fractals, "MOST", 4)
+    monkeypatch.setattr(fractals, "MAX_COUNT", 4)
     fractals.fractals.cache_clear()
     yield
     fractals.fractals.cache_clear()
@@ -107,6 +109,15 @@ def stopped_run(made_once, tiny_run):
             assert run_training(folder / "net.pt", *tiny_run) == 130
 
     return made_once("stopped", make) / "net.pt.partial"
+
+
+def weights(path):
+    return load_checkpoint(path)[0].state_dict()
+
+
+def same_weights(first, second):
+    ours, theirs = weights(first), weights(second)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
 def stop_after(patch, epoch):

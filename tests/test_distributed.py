@@ -1,4 +1,4 @@
-"""Both commands under torchrun, as two processes on the CPU that talk through gloo."""
+"""Both commands under torchrun, as two processes on the CPU that talk through gloo (slow)."""
 
 import json
 import os
@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+
+from distributed import joined_processes
 
 ROOT = Path(__file__).parent.parent
 ALONE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN = ["train_dhr_nn.py", "--dataset", "digits", "--known-classes", "0,1,2"]
 TRAIN += ["--image-size", "32", "--batch-size", "100"]  # smaller maps are too few to normalise over
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def start(launcher, *command):
@@ -50,6 +53,7 @@ def trained(tmp_path_factory):
     return folder, alone, together
 
 
+@slow
 def test_two_processes_follow_the_loss_of_one(trained):
     """Batches and augmentation are the same; batch normalisation is over half of a batch each."""
     folder, alone, together = trained
@@ -59,6 +63,7 @@ def test_two_processes_follow_the_loss_of_one(trained):
     assert {path.name for path in folder.glob("*.pt")} == {"alone.pt", "together.pt"}
 
 
+@slow
 def test_two_processes_evaluate_as_one(trained):
     folder, *_ = trained
     command = ["compute_openmax.py", "--checkpoint", folder / "alone.pt", "--data-dir", folder]
@@ -77,6 +82,7 @@ def test_two_processes_evaluate_as_one(trained):
             assert tables[1][method][name] == pytest.approx(metrics, abs=0.02)
 
 
+@slow
 def test_a_killed_process_ends_the_run_and_resume_goes_on(tmp_path):
     out = tmp_path / "net.pt"
     command = [*TRAIN, "--epochs", 300, "--out", out]
@@ -95,12 +101,25 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(tmp_path):
     saved = torch.load(f"{out}.partial", weights_only=True)
     saved["train_args"]["epochs"] = saved["epoch"] + 1
     torch.save(saved, f"{out}.partial")
-    assert len(losses(run(TORCHRUN, *command, "--resume"))) == 1
+    assert len(losses(run(TORCHRUN, *TRAIN, "--out", out, "--resume"))) == 1
     assert out.exists()
 
 
-def test_a_batch_that_cannot_be_split_is_refused():
-    process = start(TORCHRUN, *TRAIN[:-1], "101", "--dry-run")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "--batch-size is 101; expected a multiple of 2, the number of processes" in errors
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (dist.DistBackendError("NCCL communicator was aborted"), ConnectionError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), ConnectionError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    ],
+)
+def test_only_what_the_processes_do_together_is_blamed_on_another(monkeypatch, error, raised):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(raised) as caught, joined_processes():
+        raise error
+    assert caught.type is raised

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import pictures
-from open_set_data import fit_to, image_files, printable, read_images
+from pictures import fit_to, image_files, printable, read_images
 
 
 def scene(mode="RGB", size=(32, 32)):
@@ -270,16 +270,13 @@ def test_missing_paths_and_empty_folders_are_named_in_full(tmp_path, monkeypatch
             image_files([Path(name)])
 
 
-def test_printable_escapes_what_a_terminal_cannot_show(tmp_path, monkeypatch):
+def test_printable_escapes_what_a_terminal_cannot_show(tmp_path):
     names = {"猫é b.png".encode(): "猫é b.png", b"caf\xe9.png": "caf\\udce9.png",
              b"two\nlines.png": "two\\nlines.png", b"\x1b[31m.png": "\\x1b[31m.png"}  # fmt: skip
     for name, shown in names.items():
         path = tmp_path / os.fsdecode(name)
         scene().save(path)
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
         assert printable(path.name) == shown
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-        assert printable(path.name).isascii()
     assert read_images(image_files([tmp_path]), 32)[1] == {}
 
 

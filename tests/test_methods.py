@@ -16,11 +16,12 @@ from methods import (
     Recogniser,
     acceptance_interval,
     build_methods,
+    check_classes,
     stored_rule,
 )
 from models import DHRNet, load_checkpoint
-from open_set_data import ImageSet
 from openmax import UNKNOWN, OpenMax, Weibull, fit_tail
+from pictures import ImageSet
 
 ROOT = Path(__file__).parent.parent
 CLASSES, LATENTS = 4, 96  # three levels of 32
@@ -90,6 +91,13 @@ def test_msp_and_max_logit_equal_their_formulas():
     unknownness, probabilities = fitted("max_logit").score(images)
     assert unknownness == pytest.approx(-logits.max(axis=1))
     assert probabilities[:, :UNKNOWN] == pytest.approx(expit(logits))
+
+
+@pytest.mark.parametrize("name", ["max_logit", "openmax", "crosr"])
+def test_the_nearest_class_is_told_where_probabilities_round(name):
+    """Sigmoids of such logits are 1 to the last digit; so far from all means, 1 - w is 0."""
+    far = make_set(2)._replace(logits=100 * make_set(2).logits)
+    assert np.array_equal(fitted(name).score(far).nearest_class, far.logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize(("name", "latents"), [("openmax", "none"), ("crosr", "avg")])
@@ -171,6 +179,13 @@ def test_interval_of_accepted_images_holds_in_simulation():
         assert inside == pytest.approx(0.95, abs=0.01)
 
 
+def test_a_class_that_is_hardly_classified_correctly_is_named():
+    images = make_set(0)
+    wrong = images._replace(labels=np.where(images.labels == 2, 3, images.labels))
+    with pytest.raises(ValueError, match="dog has 0 images, 0 of them classified correctly"):
+        check_classes(wrong, ["bird", "cat", "dog", "frog"])
+
+
 # Stored and exported
 
 
@@ -213,13 +228,15 @@ def test_the_shipped_rule_loads():
     assert rule.means.shape == (10, 10 + 96)
 
 
+NAN = torch.tensor([1.0, float("nan"), 1.0])[:, None]
 DAMAGE = {
     "no rule": (lambda state: None, "'NoneType' object"),
     "no offset": (lambda state: {k: v for k, v in state.items() if k != "offset"}, "'offset'"),
     "text": (lambda state: state | {"means": "text"}, "'str' object"),
-    "NaN": (lambda state: state | {"offset": torch.tensor(float("nan"))}, "not have the network's"),
+    "NaN": (lambda state: state | {"offset": torch.tensor(float("nan"))}, "are not finite"),
+    "NaN of another class": (lambda state: state | {"means": state["means"] * NAN}, "not finite"),
     "another shape": (lambda state: state | {"tails": torch.ones(3, 5)}, "size of tensor"),
-    "four classes": (lambda state: fitted("dhr_openmax").state_dict(), "size of tensor"),
+    "four classes": (lambda state: fitted("dhr_openmax").state_dict(), "not have the network's 3"),
 }
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 import open_set_data
 import pictures
 from open_set_data import (
-    ImageSet,
     ImagesUnavailable,
     check_same_images,
     fingerprint,
@@ -20,6 +19,7 @@ from open_set_data import (
     load_known,
     load_unknown,
 )
+from pictures import ImageSet
 
 
 def picture(seed, size=(64, 64)):
@@ -81,7 +81,7 @@ def test_unknown_name_is_refused_with_the_names_there_are(tmp_path):
 def test_missing_set_without_network_says_what_to_do(tmp_path, monkeypatch, name):
     refuse = Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(ImagesUnavailable, match="; connect to the network or put the files there"):
+    with pytest.raises(ImagesUnavailable, match="network, or put the unpacked files there"):
         load_unknown(name, tmp_path, 32)
 
 
@@ -158,6 +158,13 @@ def test_labels_of_tiny_imagenet_stay_with_their_images(tmp_path, capsys):
     for split in data[1:4]:
         assert (split.images[:, 0, 0, 0] == 100 + split.labels).all()
     assert counts(data) == [36, 3, 38]
+    val = tmp_path / "tiny-imagenet-200" / "val"  # sorted as train is
+    for file in list((val / "images").iterdir()):
+        (folder := val / file.name.split("_")[1] / "images").mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name)
+    (val / "val_annotations.txt").unlink()
+    (val / "images").rmdir()
+    assert fingerprint(load_known("tiny-imagenet", tmp_path)) == fingerprint(data)
     assert "tiny-imagenet: files not read: 2 unreadable (" in capsys.readouterr().err
 
 
@@ -224,8 +231,10 @@ def test_changed_classes_are_refused_and_changed_images_told(tmp_path, capsys):
     check_same_images(checkpoint, load_known(name, tmp_path))
     assert "images have changed since the network was trained" in capsys.readouterr().err
     (tmp_path / "dog").rename(tmp_path / "wolf")
-    with pytest.raises(ValueError, match="classes cat, dog; the data set has cat, wolf"):
+    with pytest.raises(ValueError, match=r"\(dog is missing, wolf is new\); train again"):
         check_same_images(checkpoint, load_known(name, tmp_path))
+    with pytest.raises(ValueError, match=r"\(their order has changed\)"):
+        check_same_images({"known_classes": ["dog", "cat"]}, data)
 
 
 def test_of_equal_images_one_is_kept_and_none_where_they_lie_in_two_classes(tmp_path, capsys):
@@ -238,7 +247,8 @@ def test_of_equal_images_one_is_kept_and_none_where_they_lie_in_two_classes(tmp_
     assert sum(counts(data)) == 119
     assert whole.items() > sides(data).items()
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path.name}: left out, as in two classes: 1 (cat/9.png and dog/copy.png)",
+        f"{tmp_path.name}: left out, as their images are in two classes: 2 files "
+        "(cat/9.png and dog/copy.png)",
         f"{tmp_path.name}: duplicates left out: 2",
     ]
 
@@ -251,7 +261,7 @@ def test_what_is_not_read_is_counted_by_kind_in_one_line(tmp_path, capsys):
     shutil.copytree(tmp_path / "cat", tmp_path / ".ipynb_checkpoints")
     (tmp_path / "dog" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     assert load_known(name, tmp_path).classes == ("cat", "dog")
-    empty = [f"{i}.png: the file is empty" for i in (0, 0, 1)]
+    empty = [f"{file}.png: the file is empty" for file in ("cat/0", "dog/0", "dog/1")]
     assert capsys.readouterr().err == (
         f"{tmp_path.name}: files not read: 4 unreadable ({', '.join(empty)}, ...), 2 .txt, "
         "1 .csv beside the class folders, 1 .heic (convert HEIC to JPEG)\n"
@@ -283,7 +293,8 @@ LAYOUTS = [  # folders in a data set, what is wrong, the folder to name instead
     (["train/cat", "train/dog", "val/cat"], "its sub-folders train, val are splits", "train"),
     (["Test/a", "Test/b", "Training_set/a", "Training_set/b"], "are splits", "Training_set"),
     (["images/cat", "images/dog"], "its only sub-folder is images", "images"),
-    (["day1/cat", "day1/dog", "day2/cat", "day2/dog"], "day1, day2 holds cat, dog", "day1"),
+    (["seg_train/a", "seg_train/b", "seg_test/a"], "seg_test, seg_train are splits", "seg_train"),
+    (["train2017/a", "train2017/b", "test_images"], "test_images, train2017 are", "train2017"),
     (["cat"], "its only sub-folder is cat", None),
     ([".cache", "__MACOSX"], "it has no sub-folders", None),
 ]
@@ -299,6 +310,19 @@ def test_folders_that_are_no_classes_are_refused(tmp_path, folders, problem, bet
         load_known(f"folder:{tmp_path}", tmp_path)
 
 
+def test_classes_that_all_hold_the_same_folders_are_refused(tmp_path):
+    for folder in ("cat/indoor", "cat/outdoor", "dog/indoor", "dog/outdoor"):
+        (tmp_path / folder).mkdir(parents=True)
+    problem = "cat, dog holds indoor, outdoor; expected .*; move the images up into the sub-folders"
+    with pytest.raises(ValueError, match=problem):
+        load_known(f"folder:{tmp_path}", tmp_path)
+
+
+def test_class_names_are_the_same_however_their_accents_are_stored(tmp_path):
+    name = make_classes(tmp_path, ("Cafe\u0301", "dog"))
+    assert load_known(name, tmp_path, "dog,Caf\u00e9").classes == ("dog", "Caf\u00e9")
+
+
 def test_too_few_images_are_refused_by_class_name(tmp_path):
     name = make_classes(tmp_path)
     make_classes(tmp_path, ("wolf",), count=24, first=3000)
@@ -306,12 +330,17 @@ def test_too_few_images_are_refused_by_class_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has 0, wolf has 24; each class needs 25 different"):
         load_known(name, tmp_path)
+    data = load_known(name, tmp_path, "cat,dog")  # what stays unknown is only tested
+    assert 0 < len(data.test_unknown) <= 24
 
 
 def test_a_split_that_leaves_too_few_is_refused(tmp_path, monkeypatch):
     name = make_classes(tmp_path, count=30)
     monkeypatch.setattr(pictures, "SPLIT_AT", (0.1, 0.9))
-    with pytest.raises(ValueError, match=r"leaves \d training images of (cat|dog) and \d\d val"):
+    with pytest.raises(ValueError, match=r"too few: cat \d, dog \d; each class needs 10"):
+        load_known(name, tmp_path)
+    monkeypatch.setattr(pictures, "SPLIT_AT", (0.1, 0.11))
+    with pytest.raises(ValueError, match=r"validation images are too few: \d; add images until 10"):
         load_known(name, tmp_path)
 
 
@@ -328,7 +357,7 @@ def test_folder_of_unknown_images_is_read_whole_and_tells_what_it_left_out(tmp_p
     (tmp_path / "notes.md").touch()
     with pytest.raises(ValueError, match="no readable image"):
         load_unknown(name, tmp_path, 16)
-    line = "files not read: 1 unreadable (cut.png: the file is empty), 1 .md\n"
+    line = f"files not read: 1 unreadable ({tmp_path.name}/cut.png: the file is empty), 1 .md\n"
     assert capsys.readouterr().err == f"{tmp_path.name}: {line}"
     picture(0, (50, 40)).save(tmp_path / "below" / "1.png")
     assert load_unknown(name, tmp_path, 16, channels=1).shape == (1, 16, 16, 1)

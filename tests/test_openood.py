@@ -11,7 +11,8 @@ from PIL import Image
 
 from activations import extract
 from models import load_checkpoint
-from open_set_data import ImageSet, load_known
+from open_set_data import load_known
+from pictures import ImageSet
 
 LISTS = json.loads((Path(openood.__file__).parent / "openood_cifar10.json").read_text())
 

@@ -16,8 +16,8 @@ from recipe import (
 from zoo import load_for_tests
 
 from methods import DHROpenMax
-from open_set_data import ImageSet
 from openmax import UNKNOWN
+from pictures import ImageSet
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_spread_ignores_what_all_logits_share():
     rule = Spread()
     rule.means, rule.whitening = torch.zeros(3, 5), torch.eye(5, dtype=torch.float64)
     logits, latents = torch.tensor([[1.0, 2, 3]]), torch.zeros(1, 2)
-    evidence = [rule.tests(logits + shift, latents)[0, 0].item() for shift in (0, -100)]
+    evidence = [rule.statistics(logits + shift, latents)[0, 0].item() for shift in (0, -100)]
     assert evidence == pytest.approx([-(2**0.5), -(2**0.5)])
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stop_after
+from conftest import same_weights, stop_after, weights
 
 import report
 import train_dhr_nn
 from models import load_checkpoint
-from open_set_data import ImageSet, load_known
-from train_dhr_nn import RECIPES, batches_of, build_network, complete_settings, parse_args
+from open_set_data import load_known
+from pictures import ImageSet
+from train_dhr_nn import RECIPES, build_network, complete_settings, parse_args
 from training import SCHEDULES, one_cycle
 
 ROOT = Path(__file__).parent.parent
@@ -61,15 +62,17 @@ def test_a_checkpoint_stores_the_settings_it_was_trained_with(tiny_net):
     assert {"python", "torch", "libmr"} <= checkpoint["versions"].keys()
 
 
-def test_a_small_set_takes_smaller_batches_and_more_epochs():
+def test_a_small_set_takes_smaller_batches_and_more_epochs(monkeypatch):
     args = completed("--arch", "fast", count=90)
     assert (args.batch_size, args.epochs) == (16, 60)  # 300 steps
     args = completed("--arch", "tuned", count=90)
     assert (args.batch_size, args.epochs) == (16, 20)  # 100 steps
     args = completed("--arch", "deep", count=4000)
     assert (args.batch_size, args.epochs) == (400, 64)  # 10 steps in an epoch
-    args = completed("--epochs", "2", "--batch-size", "50", count=90)
-    assert (args.batch_size, args.epochs) == (50, 2)
+    monkeypatch.setattr(train_dhr_nn, "world_size", lambda: 32)
+    assert completed(count=200).batch_size == 64  # two images for each process
+    args = completed("--epochs", "2", "--batch-size", "64", count=90)
+    assert (args.batch_size, args.epochs) == (64, 2)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,10 @@ def test_training_does_not_replace_the_shipped_network_unless_told_to():
 def test_help_gives_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
-    assert capsys.readouterr().out.count("default") >= 9
+    options = capsys.readouterr().out.split("\n  --")[1:]
+    of_recipe = {"epochs", "batch-size", "lr", "loss", "cutout"}
+    without = {option.split()[0] for option in options if "default" not in option}
+    assert without == of_recipe | {"resume", "dry-run"}
 
 
 @pytest.mark.parametrize(("size", "new"), [(16, {"head"}), (20, {"head", "deconvs"})])
@@ -128,22 +134,20 @@ def test_training_on_a_folder_goes_on_from_the_shipped_weights(photos, size, new
     assert differing == new
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-mirror"]])
+def test_pictures_are_mirrored_unless_told_not_to(photos, flags):
+    args = parse_args(["--dataset", f"folder:{photos}", "--arch", "fast", *flags])
+    network = build_network(args, load_known(args.dataset, photos, "", 16))
+    assert network.config["mirrored"] == (not flags)
+
+
 def test_grey_images_cannot_go_on_from_colour_ones(capsys, tmp_path):
     out = str(tmp_path / "net.pt")
     assert train_dhr_nn.main(["--dataset", "digits", "--arch", "tuned", "--out", out]) == 1
-    assert "--arch tuned goes on from colour images" in capsys.readouterr().err
+    assert "--arch tuned needs colour images" in capsys.readouterr().err
 
 
 # Whole runs
-
-
-def weights(path):
-    return load_checkpoint(path)[0].state_dict()
-
-
-def same_weights(first, second):
-    ours, theirs = weights(first), weights(second)
-    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
 def poisoned(images):
@@ -212,28 +216,29 @@ def test_the_other_networks_resume_to_the_same_weights_too(
     assert "averaged" not in load_checkpoint(whole)[1]
 
 
-def test_the_last_epochs_go_on_from_averaged_weights(
+def test_the_last_steps_go_on_from_averaged_weights(
     train, tiny_run, tmp_path, monkeypatch, few_fractals
 ):
-    recipe = RECIPES["fast"]._replace(schedule="two-cycles")
-    monkeypatch.setitem(RECIPES, "fast", recipe)
-    seen, after = [], []
+    monkeypatch.setitem(RECIPES, "fast", RECIPES["fast"]._replace(schedule="two-cycles"))
+    averaged, before_step = [], []
 
     class Watched(train_dhr_nn.AveragedModel):
         def update_parameters(self, network):
             super().update_parameters(network)
-            seen.append(network.head[-1].weight.detach().clone())
+            averaged.append(network.head[-1].weight.detach().clone())
 
-    def watch(args, network, images, labels, epoch):
-        if epoch == 15:
-            after.append(network.head[-1].weight.detach().clone())
-        return batches_of(args, network, images, labels, epoch)
+    def watched(network):
+        def forward(batch):
+            before_step.append(network.head[-1].weight.detach().clone())
+            return network(batch)
+
+        return forward
 
     monkeypatch.setattr(train_dhr_nn, "AveragedModel", Watched)
-    monkeypatch.setattr(train_dhr_nn, "batches_of", watch)
-    assert train(tmp_path / "net.pt", *tiny_run, "--epochs", 16) == 0
-    assert len(seen) == 4
-    assert torch.allclose(after[0], torch.stack(seen).mean(dim=0))
+    monkeypatch.setattr(train_dhr_nn, "replicated", watched)
+    assert train(tmp_path / "net.pt", *tiny_run, "--epochs", 8) == 0
+    assert (len(averaged), len(before_step)) == (2, 16)  # the swap is amid the last epoch
+    assert torch.allclose(before_step[15], torch.stack(averaged).mean(dim=0))
 
 
 def test_nothing_to_resume_is_said(train, tiny_net, tmp_path, error_line):
@@ -242,6 +247,15 @@ def test_nothing_to_resume_is_said(train, tiny_net, tmp_path, error_line):
     shutil.copy(tiny_net, tmp_path / "net.pt.partial")
     assert train(tmp_path / "net.pt", "--resume") == 1
     assert "net.pt.partial is a finished network: nothing to resume" in error_line()
+
+
+def test_settings_that_a_resumed_run_does_not_take_are_refused(
+    train, stopped_run, tiny_run, tmp_path, error_line
+):
+    shutil.copy(stopped_run, tmp_path / "net.pt.partial")
+    flags = [*tiny_run, "--lr", "0.01", "--epochs", "9", "--resume"]
+    assert train(tmp_path / "net.pt", *flags) == 1
+    assert "leave out --epochs, --lr, or remove the file" in error_line()
 
 
 def test_unfinished_run_of_another_version_is_named(train, stopped_run, tmp_path, error_line):
@@ -271,15 +285,11 @@ def test_resume_says_that_images_have_changed_and_goes_on(train, photos_and_net,
     assert out.exists()
 
 
-def test_resume_names_both_lists_of_classes_when_they_differ(
-    train, photos_and_net, photos, error_line
-):
+def test_resume_names_the_classes_that_have_changed(train, photos_and_net, photos, error_line):
     out = move_run(photos_and_net, photos)
     (photos / "one").rename(photos / "two")
     assert train(out, "--resume") == 1
-    line = error_line()
-    assert "one, zero" in line
-    assert "two, zero" in line
+    assert "(one is missing, two is new); train again" in error_line()
 
 
 def test_infinite_loss_stops_and_keeps_the_last_epoch(
@@ -294,8 +304,7 @@ def test_infinite_loss_stops_and_keeps_the_last_epoch(
         )
         assert train(out, *tiny_run) == 1
     line = error_line()
-    assert "loss not finite at step 2 of epoch 2; try a smaller --lr" in line
-    assert f"{partial} holds epoch 1" in line
+    assert f"loss not finite at step 2 of epoch 2; remove {partial} and start again" in line
     assert not out.exists()
     assert train(out, "--resume") == 0
     assert same_weights(out, tiny_net)

@@ -12,8 +12,9 @@ import train_dhr_nn
 import training
 from fractals import fractals
 from models import DHRNet
-from open_set_data import ImageSet, KnownData
+from open_set_data import KnownData
 from openmax import UNKNOWN
+from pictures import ImageSet
 from train_dhr_nn import broken_step, build_network, complete_settings, parse_args
 from training import (
     GREY,

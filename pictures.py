@@ -54,14 +54,16 @@ class ImageSet(NamedTuple):
 def image_files(paths: Iterable[Path]) -> list[Path]:
     """List image files: each path is a file, or a folder searched through for images, sorted.
 
-    `~` is expanded, links are followed, hidden and system files are left out.
+    `~` is expanded, links are followed, hidden and system files are left out. One line on stderr
+    counts the other files of a folder.
 
     Raises:
         ValueError: a path does not exist, or a folder holds no image.
     """
     files: list[Path] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
-        found = find_images(path)[0] if path.is_dir() else [path] * path.is_file()
+        found, other = find_images(path) if path.is_dir() else ([path] * path.is_file(), Counter())
+        _report_unread(path.name, other)
         if not found:
             problem = "no image file in it" if path.is_dir() else "no such file or folder"
             raise ValueError(f"{printable(path.absolute())}: {problem}; expected images")
@@ -184,11 +186,15 @@ def read_and_report(
     ends = {i: "/".join(Path(str(files[i])).parts[-2:]) for i in unread}  # class and file
     bad = [f"{ends[i]}: {reason}" for i, reason in unread.items() if reason != HEIC]
     kinds = Counter(other) + Counter({".heic (convert HEIC to JPEG)": len(unread) - len(bad)})
+    _report_unread(name, kinds, bad)
+    return images, np.delete(np.arange(len(files)), list(unread))
+
+
+def _report_unread(name: str, kinds: Counter[str], bad: Sequence[str] = ()) -> None:
     parts = [f"{len(bad):,} unreadable ({some(bad, 3)})"] if bad else []
     parts += [f"{count:,} {kind}" for kind, count in kinds.most_common()]
     if parts:
         print(printable(f"{name}: files not read: {', '.join(parts)}"), file=sys.stderr)
-    return images, np.delete(np.arange(len(files)), list(unread))
 
 
 def read_images(files: Sequence[Path | ZipPath], size: int) -> tuple[np.ndarray, dict[int, str]]:

@@ -261,6 +261,13 @@ def test_links_are_followed(tmp_path):
     assert image_files([tmp_path / "folder"]) == [tmp_path / "folder" / "linked" / "1.png"]
 
 
+def test_files_of_other_kinds_are_counted(tmp_path, capsys):
+    scene().save(tmp_path / "a.png")
+    (tmp_path / "raw.cr2").touch()
+    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+    assert capsys.readouterr().err == f"{tmp_path.name}: files not read: 1 .cr2\n"
+
+
 def test_missing_paths_and_empty_folders_are_named_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

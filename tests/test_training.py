@@ -170,6 +170,19 @@ def test_an_epoch_shows_every_image_with_its_label_once_in_an_order_of_its_own(u
     assert torch.equal(orders[1], orders[2])  # what a resumed run draws
 
 
+def test_the_shares_of_all_processes_make_up_the_batch(monkeypatch):
+    images, labels = torch.from_numpy(make_images(40)), torch.arange(40)
+
+    def share(rank, processes):
+        monkeypatch.setattr("training.rank", lambda: rank)
+        monkeypatch.setattr("training.world_size", lambda: processes)
+        return list(batches(images, labels, 20, True, "shift", 4, 0, 0))
+
+    for whole, *parts in zip(share(0, 1), share(0, 2), share(1, 2), strict=True):
+        for tensor, halves in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(tensor, torch.cat(halves))
+
+
 def test_every_image_is_mirrored_every_other_epoch_and_digits_never(unmoved):
     images = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 16, 16, 1)
     mirrored = []
@@ -299,6 +312,11 @@ def test_a_second_cycle_is_half_as_high_and_falls_from_a_plateau():
     assert max(shares[1100:]) == pytest.approx(0.5, abs=0.01)
     assert shares[1300:1500] == [0.2] * 200  # where weights are averaged
     assert shares[1500:] == pytest.approx([0.002 * (100 - step) for step in range(100)])
+
+
+def test_the_shortest_runs_have_a_rate_too():
+    for total in range(1, 40):
+        assert all(0 < two_cycles(step, total) < 1.2 for step in range(total))
 
 
 def test_the_shipped_network_takes_2_gflop_an_image_as_pytorch_counts_them():

@@ -1,8 +1,9 @@
-"""What the scripts share: how they read their flags, check where they write, and end."""
+"""What the scripts share: how they read flags, check where they write, tell versions, and end."""
 
 import argparse
 import io
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -78,3 +79,13 @@ def software_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def git_commit() -> str:
+    """This code's commit, `+` where files were changed since; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
+               "--exclude=*", "--dirty=+"]  # fmt: skip
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        return ""

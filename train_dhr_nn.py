@@ -13,7 +13,6 @@ the open-set rule fitted to the network, and its course is drawn in OUT.png.
 import argparse
 import math
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
-from command_line import check_writable, make_parser, run, software_versions
+from command_line import check_writable, git_commit, make_parser, run, software_versions
 from distributed import average, bar_hidden, first_process_first, rank, replicated, world_size
 from fractals import fractals
 from methods import DHROpenMax, check_classes
@@ -39,6 +38,7 @@ from pictures import ImageSet
 from training import (
     SCHEDULES,
     batches,
+    broken_step,
     build_optimizers,
     gflop_per_image,
     one_vs_rest,
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("trained.pt"), metavar="PATH",
         help="checkpoint to write (default trained.pt)")
     add("--resume", action="store_true",
-        help="go on from OUT.partial, with the settings stored in it")
+        help="go on from OUT.partial, with the settings stored in it; name --dataset if it moved")
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
     # fmt: on
     args = parser.parse_args(argv)
@@ -143,26 +143,6 @@ def accuracy_on(network: DHRNet, images: ImageSet, batch_size: int) -> float:
     """Share of images in 0..1 whose largest logit is their label's."""
     logits = extract(network.eval(), images, batch_size).logits
     return float(np.mean(logits.argmax(axis=1) == images.labels))
-
-
-def broken_step(losses: Tensor, network: DHRNet) -> int:
-    """1-based index of the first step with a non-finite loss; the last step if only weights are
-    bad; 0 if none."""
-    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad_steps):
-        return 1 + int(bad_steps[0])
-    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
-    return 0 if finite else len(losses)
-
-
-def git_commit() -> str:
-    """This code's commit, `+` where files were changed since; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40",
-               "--exclude=*", "--dirty=+"]  # fmt: skip
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # git is not installed
-        return ""
 
 
 def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> None:
@@ -209,16 +189,18 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
         raise ValueError(f"{partial} is a finished network: nothing to resume, rename it")
     if tuple(saved["train_args"]) != STORED_ARGS:
         raise ValueError(f"{partial} was written by another version: remove it and start again")
-    stored, defaults = saved["train_args"], vars(parse_args([]))
+    stored, given, defaults = saved["train_args"], vars(args), vars(parse_args([]))
+    if args.dataset != defaults["dataset"]:
+        stored["dataset"] = args.dataset  # its new place
     changed = [
         f"--{name.replace('_', '-')}"
         for name in stored.keys() & defaults.keys() - {"arch"}
-        if vars(args)[name] not in (defaults[name], stored[name])
+        if given[name] not in (defaults[name], stored[name])
     ]
     if changed:
         problem = f"--resume goes on with the settings in {partial}: leave out"
         raise ValueError(f"{problem} {', '.join(sorted(changed))}, or remove the file")
-    vars(args).update(stored)
+    given.update(stored)
     return network, {key: saved[key] for key in saved.keys() - NETWORK_KEYS}
 
 

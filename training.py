@@ -293,6 +293,16 @@ def plateau(step: int, total_steps: int) -> float:
 SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}
 
 
+def broken_step(losses: Tensor, network: DHRNet) -> int:
+    """1-based index of the first step with a non-finite loss; the last step if only weights are
+    bad; 0 if none."""
+    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad_steps):
+        return 1 + int(bad_steps[0])
+    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
+    return 0 if finite else len(losses)
+
+
 def gflop_per_image(network: DHRNet) -> float:
     """Forward and backward operations of one training image, as PyTorch counts them."""
     trial = copy.deepcopy(network).eval()

@@ -268,27 +268,26 @@ def test_unfinished_run_of_another_version_is_named(train, stopped_run, tmp_path
     assert (tmp_path / "net.pt.partial").read_bytes() == before
 
 
-def move_run(photos_and_net, photos):
-    """The stopped run of the pictures, as if it had been trained where they are now."""
-    run = torch.load(photos_and_net / "stopped.pt.partial", weights_only=True)
-    run["train_args"]["dataset"] = f"folder:{photos}"
-    torch.save(run, photos.parent / "net.pt.partial")
-    return photos.parent / "net.pt"
+@pytest.fixture
+def resume_photos(train, photos_and_net, photos):
+    """Go on with the stopped run of the pictures, which have moved."""
+    out = photos.parent / "net.pt"
+    shutil.copy(photos_and_net / "stopped.pt.partial", f"{out}.partial")
+    return lambda: train(out, "--resume", "--dataset", f"folder:{photos}")
 
 
-def test_resume_says_that_images_have_changed_and_goes_on(train, photos_and_net, photos, capsys):
-    out = move_run(photos_and_net, photos)
+def test_resume_says_that_images_have_changed_and_goes_on(resume_photos, photos, capsys):
     for file in sorted((photos / "one").iterdir())[:5]:
         file.unlink()
-    assert train(out, "--resume") == 0
+    assert resume_photos() == 0
     assert "images have changed since" in capsys.readouterr().err
-    assert out.exists()
+    stored = load_checkpoint(photos.parent / "net.pt")[1]["train_args"]
+    assert stored["dataset"] == f"folder:{photos}"
 
 
-def test_resume_names_the_classes_that_have_changed(train, photos_and_net, photos, error_line):
-    out = move_run(photos_and_net, photos)
+def test_resume_names_the_classes_that_have_changed(resume_photos, photos, error_line):
     (photos / "one").rename(photos / "two")
-    assert train(out, "--resume") == 1
+    assert resume_photos() == 1
     assert "(one is missing, two is new); train again" in error_line()
 
 

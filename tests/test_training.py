@@ -15,12 +15,13 @@ from models import DHRNet
 from open_set_data import KnownData
 from openmax import UNKNOWN
 from pictures import ImageSet
-from train_dhr_nn import broken_step, build_network, complete_settings, parse_args
+from train_dhr_nn import build_network, complete_settings, parse_args
 from training import (
     GREY,
     augment,
     batches,
     blend,
+    broken_step,
     build_optimizers,
     gflop_per_image,
     halving,

@@ -417,9 +417,10 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(path)
         (classify_images if args.images else evaluate)(args)
 
-    return run(
-        "compute_openmax.py", work, lambda: f"finished image sets are in {args.data_dir / 'cache'}"
-    )
+    kept = f"finished image sets are in {args.data_dir / 'cache'}"
+    if args.images or args.no_cache:
+        kept = "nothing was stored"
+    return run("compute_openmax.py", work, lambda: kept)
 
 
 if __name__ == "__main__":

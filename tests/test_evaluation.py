@@ -387,8 +387,10 @@ def test_ctrl_c_says_where_the_finished_sets_are(
     evaluate, digits_net, tmp_path, monkeypatch, error_line
 ):
     monkeypatch.setattr(compute_openmax, "extract", raising(KeyboardInterrupt))
-    assert evaluate(digits_net, "--no-cache") == 130
+    assert evaluate(digits_net) == 130
     assert error_line() == f"stopped; finished image sets are in {tmp_path / 'cache'}"
+    assert evaluate(digits_net, "--no-cache") == 130
+    assert error_line() == "stopped; nothing was stored"
 
 
 def test_dry_run_finds_the_images_and_writes_nothing(evaluate, digits_net, tmp_path, capsys):

@@ -236,6 +236,23 @@ def test_more_draws_of_four_kinds_of_photographs_have_the_figures_that_the_text_
     assert max(photos.values()) - photos["dhr_openmax"] == ZOO["regret"]["dhr_openmax"]
 
 
+def test_second_network_of_the_shipped_regime_has_the_recorded_figures():
+    record = json.loads((RESULTS / "zoo-deep.json").read_text())
+    tasks, text = record["tasks"], " ".join(BENCHMARKS.split())
+    assert len(tasks) == 3
+    assert record["regret"]["dhr_openmax"] < 0
+    for task, methods in tasks.items():
+        cells = " | ".join(f"{100 * methods[name]['auroc']:.1f}" for name in METHODS)
+        assert f"| {task} | {cells} |" in BENCHMARKS
+    accuracy = 100 * methods["dhr_openmax"]["accuracy"]
+    assert f"names {accuracy:.1f} % of their test images correctly" in text
+    means = {name: f"{100 * of['auroc']:.1f}" for name, of in record["settings"].items()}
+    twenty, ten, fifty = (means[f"openmax --alpha 0 --tail-size {size}"] for size in (20, 10, 50))
+    assert f"AUROC {twenty} for `openmax`) and more so with 10 ({ten}), but not with 50" in text
+    printed = means["openmax --alpha all --tail-size 20"]
+    assert f"({fifty}); the printed form has {printed} with 20." in text
+
+
 def test_table_of_changes_of_the_recipe_holds_the_recorded_figures():
     *recorded, second_cycle, one_cycle, _, _ = (RESULTS / "recipe.txt").read_text().split("\n$ ")
     rows = [

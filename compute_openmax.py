@@ -222,7 +222,6 @@ def evaluate(args: argparse.Namespace) -> None:
         for name, found in (sets or image_sets).items():
             print(f"{name}: {len(found.labels):,} images")
         return
-    origin = "shipped" if sets else "extracted"
     with timed(seconds, "extract"):
         for name, images in image_sets.items():
             sets[name] = extract_or_load(args, network, sha256, name, images)
@@ -246,7 +245,7 @@ def evaluate(args: argparse.Namespace) -> None:
     results = {
         "checkpoint": {"path": str(args.checkpoint), "sha256": sha256},
         "known": args.dataset or checkpoint["train_args"]["dataset"],
-        "activations": origin,
+        "activations": "extracted" if image_sets else "shipped",
         "images": {name: len(activations.labels) for name, activations in sets.items()},
         "validation_images": len(sets["val"].labels),
         **results,

@@ -206,7 +206,7 @@ def _tensors(images: Activations) -> tuple[Tensor, Tensor]:
 def acceptance_interval(count: int) -> tuple[float, float]:
     """Where the share of new known images that a threshold accepts lies, with probability 95 %.
 
-    The threshold is the k-th of `count` validation scores, k = ceil(share count); the accepted
+    The threshold is the k-th of `count` validation scores, k = ceil(0.95 count); the accepted
     share then follows Beta(k, count + 1 - k). Source: order statistics, e.g. Wilks 1941.
     """
     k = math.ceil(ACCEPTED_SHARE * count)

@@ -178,7 +178,8 @@ def correctly_classified(
         if len(group) < MIN_TAIL_SIZE:
             raise ValueError(
                 f"{names[label]} has {np.sum(labels == label)} images, {len(group)} of them "
-                f"classified correctly; expected at least {MIN_TAIL_SIZE}: train longer, or on more"
+                f"classified correctly; expected at least {MIN_TAIL_SIZE}: train longer, or on "
+                "more images"
             )
     return groups
 

@@ -8,7 +8,6 @@ Both sides of a ratio are measured in this run: a warm-up, then the median of fi
 takes minutes runs once. README.md beside this file says what each row means.
 """
 
-import argparse
 import json
 import platform
 import re
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from peers import TEXTBOOK_BATCH, PytorchOodOpenMax, loop_openmax, one_by_one, textbook_steps
 
 from activations import extract, keep_freed_memory, number_format
+from command_line import make_parser
 from models import DHRNet
 from openmax import OpenMax, libmr
 from pictures import ImageSet
@@ -137,7 +137,7 @@ def openmax(repeats: int) -> Rows:
     seconds = median_seconds(
         repeats,
         lambda: OpenMax(num_logits=10).fit(vectors, labels).predict_proba(vectors),
-        lambda: loop_openmax(vectors, labels, 10) if libmr else None,
+        lambda: loop_openmax(vectors, labels, vectors, 10) if libmr else None,
         lambda: OpenMax(25, 10).fit(logits, labels).predict_proba(logits),
         lambda: PytorchOodOpenMax().fit(logits, labels).predict(logits),
         lambda: fitted.predict_proba(vectors),
@@ -199,7 +199,7 @@ BENCHMARKS = {f.__name__: f for f in (training, extraction, openmax, growth, pho
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--repeats", type=int, default=5, help="a median is taken of (default 5)")
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@
 
 Known are 9,000 of the CIFAR-10 test images, unknown CIFAR-100 and 7,793 TinyImageNet validation
 images, resized with an antialiasing filter; near is the mean of both AUROCs. Other data sets (SVHN,
-MNIST, Textures, Places365) are measured where they lie in the data folder. `openood_cifar10.json`
+MNIST, Textures, Places365) are measured if they are in the data folder. `openood_cifar10.json`
 holds the benchmark's lists as positions in the official files. With pytorch-ood installed, its
 detectors are fitted to the same images and stand beside ours.
 

@@ -25,25 +25,34 @@ TEXTBOOK_BATCH = 128
 
 
 def loop_openmax(
-    vectors: np.ndarray, labels: np.ndarray, num_classes: int, tail_size: int = 20
-) -> np.ndarray:
+    train: np.ndarray, labels: np.ndarray, images: np.ndarray, num_classes: int,
+    tail_size: int = 20, alpha: int = 0,
+) -> np.ndarray:  # fmt: skip
     """Probabilities [N, K + 1] as public ports of CROSR compute them: one image, one class, one
-    libMR object at a time, in the released code's form."""
+    libMR object at a time; `alpha` as in `openmax.OpenMax`."""
     means, models = [], []
     for c in range(num_classes):
-        rows = [
-            x for x, y in zip(vectors, labels, strict=True) if y == c == x[:num_classes].argmax()
-        ]
+        rows = [x for x, y in zip(train, labels, strict=True) if y == c == x[:num_classes].argmax()]
         means.append(np.mean(rows, axis=0))
         models.append(libmr.MR())
         distances = sorted(distance.euclidean(means[c], x) for x in rows)
         models[c].fit_high(distances[-tail_size:], tail_size)
     probabilities = []
-    for x in vectors:
-        exponentials = np.exp(x[:num_classes] - x[:num_classes].max())
+    for x in images:
+        y = x[:num_classes]
         w = [models[c].w_score(distance.euclidean(means[c], x)) for c in range(num_classes)]
-        known = [exponentials[c] / exponentials.sum() * (1 - w[c]) for c in range(num_classes)]
-        probabilities.append([*known, 1 - sum(known)])
+        if alpha == 0:
+            exponentials = np.exp(y - y.max())
+            known = [exponentials[c] / exponentials.sum() * (1 - w[c]) for c in range(num_classes)]
+            probabilities.append([*known, 1 - sum(known)])
+        else:
+            weights = np.zeros(num_classes)
+            for rank, c in enumerate(np.argsort(y)[::-1][:alpha]):
+                weights[c] = (alpha - rank) / alpha
+            revised = [y[c] * (1 - w[c] * weights[c]) for c in range(num_classes)]
+            revised.append(sum(y[c] * w[c] * weights[c] for c in range(num_classes)))
+            exponentials = np.exp(np.array(revised) - max(revised))
+            probabilities.append(list(exponentials / exponentials.sum()))
     return np.array(probabilities)
 
 

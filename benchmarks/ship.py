@@ -4,7 +4,6 @@ python benchmarks/ship.py            # after training a new dhr_net.pt
 python benchmarks/ship.py --refit    # after a change of the open-set rule: fit it again first
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from activations import SHIPPED_PATH, extract, file_sha256, load_network, write_shipped
+from command_line import make_parser
 from methods import DHROpenMax
 from models import NETWORK_KEYS, save_checkpoint
 from open_set_data import KNOWN_SPLITS, as_unknown, load_known, load_unknown
@@ -38,6 +38,6 @@ def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNO
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--refit", action="store_true", help="fit the rule and write dhr_net.pt")
     ship(ROOT / "dhr_net.pt", SHIPPED_PATH, parser.parse_args().refit)

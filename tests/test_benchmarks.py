@@ -15,22 +15,14 @@ import ship
 import splits
 import torch
 import zoo
+from oracles import make_activations
 from PIL import Image
 
 import train_dhr_nn
-from activations import Activations, load_shipped
+from activations import load_shipped
 from methods import OpenMaxSettings, build_methods, stored_rule
 from models import DHRNet, load_checkpoint
 from open_set_data import KNOWN_SPLITS, load_known
-from openmax import OpenMax, libmr
-
-
-def made_up_activations(seed, per_class=80, classes=5):
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(classes), per_class)
-    logits = rng.normal(size=(len(labels), classes)) + 3 * np.eye(classes)[labels]
-    latents = rng.random((len(labels), 96)) + labels[:, None] / 9
-    return Activations(labels, *(x.astype(np.float32) for x in (logits, latents**2, latents)))
 
 
 @pytest.mark.parametrize("protocol", splits.KNOWN)
@@ -147,6 +139,12 @@ def test_no_network_of_the_zoo_is_listed_twice_and_their_flags_parse():
         assert len(set(names)) == len(names)
 
 
+def test_default_networks_are_those_of_the_recorded_table():
+    record = json.loads((zoo.ROOT / "benchmarks" / "results" / "zoo.json").read_text())
+    recorded = {task.split(", ")[0] for task in record["tasks"]}
+    assert recorded == {name for name in zoo.NAMES if name not in zoo.LATER}
+
+
 def test_networks_of_one_name_know_different_classes(monkeypatch):
     monkeypatch.setattr(zoo, "photo_kinds", lambda: [f"kind {i:02}" for i in range(24)])
     known = []
@@ -173,19 +171,10 @@ def test_shipped_activations_belong_to_the_refitted_checkpoint(digits_net, tmp_p
     assert threshold_scores[0] == pytest.approx(threshold_scores[1], rel=0.01, abs=0.1)
 
 
-@pytest.mark.skipif(libmr is None, reason="libMR is not installed")
-def test_the_loop_of_the_benchmark_computes_openmax():
-    train = made_up_activations(0)
-    vectors = train.vectors("max").astype(np.float64)
-    ours = OpenMax(10, num_logits=5).fit(vectors, train.labels).predict_proba(vectors)
-    assert np.abs(ours - peers.loop_openmax(vectors, train.labels, 5, 10)).max() < 1e-9
-
-
 def test_pytorch_oods_probabilities_sum_to_1():
-    train = made_up_activations(0)
-    probabilities = (
-        peers.PytorchOodOpenMax(alpha=5).fit(train.logits, train.labels).predict(train.logits)
-    )
+    vectors, labels = make_activations(0, num_classes=5, per_class=80)
+    logits = vectors[:, :5]
+    probabilities = peers.PytorchOodOpenMax(alpha=5).fit(logits, labels).predict(logits)
     assert probabilities.shape == (400, 6)
     assert probabilities.sum(axis=1) == pytest.approx(1)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import loop_openmax, make_activations
+from oracles import make_activations
+from peers import loop_openmax
 from scipy.spatial import distance as spd
 from scipy.special import softmax
 from sklearn.covariance import LedoitWolf
@@ -32,7 +33,7 @@ def test_equals_literal_loop_with_libmr(alpha, tail_size):
     images, _ = make_activations(1)
     images *= np.linspace(0.2, 2, len(images))[:, None]
     model = fitted(train, labels, tail_size=tail_size, alpha=alpha)
-    expected = loop_openmax(train, labels, images, tail_size, alpha, 6)
+    expected = loop_openmax(train, labels, images, 6, tail_size, alpha)
     assert np.abs(model.predict_proba(images) - expected).max() < 1e-12
 
 

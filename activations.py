@@ -40,6 +40,11 @@ class Activations(NamedTuple):
     latents_max: np.ndarray
     latents_avg: np.ndarray
 
+    @property
+    def accuracy(self) -> float:
+        """Share in 0..1 of the images whose largest logit is their label's."""
+        return float(np.mean(self.logits.argmax(axis=1) == self.labels))
+
     def vectors(self, latents: str) -> np.ndarray:
         """[y, z], [N, K + 32 L], with z pooled by `max` or `avg`; y alone for `none`."""
         if latents == "none":
@@ -120,18 +125,14 @@ def extract(
     latents = LATENT_CHANNELS * len(network.bottlenecks)
     widths = (network.config["num_classes"], latents, latents)
     arrays = [np.empty((count, width), np.float32) for width in widths]
-    bar = tqdm(
-        total=count, desc=title, unit="img", unit_scale=True, leave=False,
-        disable=True if title is None else bar_hidden(),
-    )  # fmt: skip
-    for start in range(0, count, batch_size):
-        batch = torch.from_numpy(images.images[start : start + batch_size]).to(device)
+    starts, hidden = range(0, count, batch_size), title is None or bar_hidden()
+    for start in tqdm(starts, title, unit="batch", leave=False, disable=hidden):
+        rows = slice(start, start + batch_size)
+        batch = torch.from_numpy(images.images[rows]).to(device)
         with autocast(device):
             parts = network.logits_and_latents(batch.permute(0, 3, 1, 2))
         for array, part in zip(arrays, parts, strict=True):
-            array[start : start + batch_size] = part.cpu().numpy()
-        bar.update(len(batch))
-    bar.close()
+            array[rows] = part.cpu().numpy()
     return Activations(images.labels, *arrays)
 
 
@@ -178,9 +179,7 @@ def cached(path: Path, make: Callable[[], Activations]) -> Activations:
     return activations
 
 
-def write_shipped(
-    checkpoint_sha256: str, sets: dict[str, Activations], path: Path = SHIPPED_PATH
-) -> None:
+def write_shipped(checkpoint_sha256: str, sets: dict[str, Activations], path: Path) -> None:
     """Write the arrays that ship with a checkpoint, for machines without images or network.
 
     Logits are stored as float16, latents as uint8 between their smallest and largest value over all
@@ -205,28 +204,21 @@ def load_shipped(
     """The activations of the named sets that ship with a checkpoint, see `write_shipped`.
 
     Raises:
-        ImagesUnavailable: they belong to another checkpoint, lack one of the sets, or are damaged.
+        ImagesUnavailable: there are none, or they belong to another checkpoint or lack a set.
     """
-    try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            if str(stored["checkpoint"]) != checkpoint_sha256:
-                raise ImagesUnavailable("no activations ship for this checkpoint")
-            sets = {}
-            for name in names:
-                if f"{name}/labels" not in stored:
-                    raise ImagesUnavailable(f"no activations ship for {name}")
-                latents = []
-                for field in ("latents_max", "latents_avg"):
-                    low, high = stored[f"range/{field}"]
-                    latents.append(low + stored[f"{name}/{field}"] * ((high - low) / 255))
-                labels, logits = stored[f"{name}/labels"], stored[f"{name}/logits"]
-                sets[name] = Activations(
-                    labels.astype(np.int64), logits.astype(np.float32), *latents
-                )
-            return sets
-    except ImagesUnavailable:
-        raise
-    except FileNotFoundError as error:
-        raise ImagesUnavailable("no activations ship with the checkpoint") from error
-    except Exception as error:  # a damaged file can fail in any way
-        raise ImagesUnavailable(f"{path} is damaged ({error})") from error
+    if not path.exists():  # pip installs the modules alone
+        raise ImagesUnavailable("no activations ship with the checkpoint")
+    sets = {}
+    with np.load(path) as stored:
+        if str(stored["checkpoint"]) != checkpoint_sha256:
+            raise ImagesUnavailable("no activations ship for this checkpoint")
+        if absent := [name for name in names if f"{name}/labels" not in stored]:
+            raise ImagesUnavailable(f"no activations ship for {', '.join(absent)}")
+        for name in names:
+            latents = []
+            for field in ("latents_max", "latents_avg"):
+                low, high = stored[f"range/{field}"]
+                latents.append(low + stored[f"{name}/{field}"] * ((high - low) / 255))
+            labels, logits = stored[f"{name}/labels"], stored[f"{name}/logits"]
+            sets[name] = Activations(labels.astype(np.int64), logits.astype(np.float32), *latents)
+    return sets

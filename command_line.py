@@ -14,6 +14,7 @@ import torch
 
 from distributed import joined_processes
 from open_set_data import ImagesUnavailable
+from pictures import printable
 
 
 def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def run(script: str, work: Callable[[], None], kept: Callable[[], str]) -> int:
         with joined_processes():
             work()
     except (ImagesUnavailable, ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"{script}: error: {explain(error)}", file=sys.stderr)
+        print(printable(f"{script}: error: {explain(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; {kept()}", file=sys.stderr)

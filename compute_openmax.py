@@ -22,9 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from activations import (
     Activations,
     cache_key,
@@ -40,6 +37,7 @@ from command_line import check_writable, make_parser, run, software_versions
 from distributed import first_process_first, rank, split_over_processes
 from methods import (
     DHROpenMax,
+    Method,
     OpenMaxSettings,
     acceptance_interval,
     build_methods,
@@ -53,14 +51,11 @@ from open_set_data import (
     KNOWN_SPLITS,
     UNKNOWN_SETS,
     ImagesUnavailable,
-    KnownData,
     as_unknown,
-    check_same_images,
-    load_known,
-    load_unknown,
+    load_image_sets,
 )
 from openmax import DISTANCES, MIN_TAIL_SIZE, UNKNOWN, WEIBULL_ENGINE
-from pictures import ImageSet, fit_to, hash_of, image_files, printable, read_images
+from pictures import ImageSet, fit_to, image_files, printable, read_images
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -83,8 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--distance", choices=DISTANCES, default="euclidean",
         help="of openmax and crosr to class means (default euclidean)")
     add("--tail-size", type=int, default=20, metavar="N",
-        help="largest distances a Weibull is fitted to, 5 or more; a class with few images takes a "
-        "quarter of them, but at least 5 (default 20)")
+        help="largest distances that openmax and crosr fit a Weibull to, 5 or more; a class with "
+        "few images takes a quarter of them, but at least 5 (default 20)")
     add("--alpha", type=int, default=0, metavar="N",
         help="top-ranked classes that openmax and crosr revise, as printed in the papers; 0 for "
         "the released code's form, all and unranked (default 0)")
@@ -113,8 +108,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--csv needs --images")
     if args.report and args.images:
         parser.error("--report is of an evaluation; leave out --images")
-    if set(args.unknown or ()) & set(KNOWN_SPLITS):
-        parser.error(f"--unknown takes sets of unknown images, not {', '.join(KNOWN_SPLITS)}")
     flags = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "compute_openmax.py", *flags])
     return args
@@ -147,13 +140,9 @@ def classify_images(args: argparse.Namespace) -> None:
         return
     print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(files), unit="img", leave=False, disable=len(files) <= args.batch_size)
     for start in range(0, len(files), args.batch_size):
-        batch = files[start : start + args.batch_size]
-        rows += classified(batch, network, rule, classes)
-        tqdm.write("\n".join(map(line_of, rows[start:])))
-        bar.update(len(batch))
-    bar.close()
+        rows += classified(files[start : start + args.batch_size], network, rule, classes)
+        print("\n".join(map(line_of, rows[start:])), flush=True)
     if args.json:
         results = {
             "checkpoint": {"path": str(args.checkpoint), "sha256": file_sha256(args.checkpoint)},
@@ -228,27 +217,22 @@ def evaluate(args: argparse.Namespace) -> None:
     if rank():
         return
 
-    settings = OpenMaxSettings(args.latents, args.distance, args.tail_size, args.alpha)
     check_classes(sets["train"], classes)
+    settings = OpenMaxSettings(args.latents, args.distance, args.tail_size, args.alpha)
+    methods = build_methods(settings)
     with timed(seconds, "fit"):
-        methods = build_methods(settings)
         for method in methods.values():
             method.fit(sets["train"], sets["val"])
-    tested = ["test_known", *unknown]
-    thresholds = {name: method.threshold_ for name, method in methods.items()}
     with timed(seconds, "score"):
-        scores = {
-            name: {part: method.score(sets[part]) for part in tested}
-            for name, method in methods.items()
-        }
-        results = measure(scores, thresholds, sets["test_known"])
+        scores, measured = measure(methods, sets, unknown)
+    thresholds = {name: method.threshold_ for name, method in methods.items()}
     results = {
         "checkpoint": {"path": str(args.checkpoint), "sha256": sha256},
         "known": args.dataset or checkpoint["train_args"]["dataset"],
         "activations": "extracted" if image_sets else "shipped",
         "images": {name: len(activations.labels) for name, activations in sets.items()},
-        "validation_images": len(sets["val"].labels),
-        **results,
+        "closed_set_accuracy": sets["test_known"].accuracy,
+        "methods": measured,
         "openmax": {**settings._asdict(), "threshold": thresholds},
         "seconds": seconds,
         "versions": software_versions(),
@@ -262,16 +246,25 @@ def evaluate(args: argparse.Namespace) -> None:
         write_json(args.report / "results.json", results)
         from report import write_report  # matplotlib, only now
 
-        pixels = {name: image_sets[name].images for name in tested} if image_sets else {}
+        pixels = {name: image_sets[name].images for name in scores["msp"]} if image_sets else {}
         rebuild = partial(reconstruct, network)
         write_report(args.report, results, classes, sets, scores, methods, pixels, rebuild)
 
 
-def warn_of_known_images(name: str, images: np.ndarray, data: KnownData) -> None:
-    """One line on stderr if images of an unknown set are among the known ones."""
-    known = {hash_of(image) for split in KNOWN_SPLITS for image in getattr(data, split).images}
-    if both := sum(hash_of(image) in known for image in images):
-        print(f"{name}: {both:,} of its images are among the known ones", file=sys.stderr)
+def measure(
+    methods: dict[str, Method | DHROpenMax], sets: dict[str, Activations], unknown: Sequence[str]
+) -> tuple[dict[str, dict[str, Scores]], dict[str, Any]]:
+    """Each method's scores on `test_known` and the unknown sets, and its metrics on the latter."""
+    scores: dict[str, dict[str, Scores]] = {}
+    measured: dict[str, Any] = {}
+    for name, method in methods.items():
+        scores[name] = {part: method.score(sets[part]) for part in ("test_known", *unknown)}
+        known, labels = scores[name]["test_known"], sets["test_known"].labels
+        measured[name] = {
+            part: open_set_metrics(known, labels, scores[name][part], method.threshold_)
+            for part in unknown
+        }
+    return scores, measured
 
 
 def extract_or_load(
@@ -292,7 +285,8 @@ def unknown_names(args: argparse.Namespace, checkpoint: dict[str, Any]) -> list[
     dataset = train_args["dataset"]
     if args.unknown:
         for name in args.unknown:
-            if name == dataset or name.startswith(f"{dataset}-"):
+            variant = name in UNKNOWN_SETS and name.startswith(f"{dataset}-")
+            if name == dataset or variant:
                 raise ValueError(f"{name} shows what the network knows; see --help for other sets")
         return list(dict.fromkeys(args.unknown))
     if train_args["known_classes"]:
@@ -321,44 +315,6 @@ def find_sets(
             raise ImagesUnavailable(f"{error}; and {also}") from error
         print(f"{error}.\nUsing the activations that ship with the checkpoint.")
         return {}, sets
-
-
-def load_image_sets(
-    checkpoint: dict[str, Any], dataset: str, unknown: Sequence[str], data_dir: Path, seed: int
-) -> dict[str, ImageSet]:
-    """`train`, `val` and `test_known` of the checkpoint's classes, and the named unknown sets."""
-    config = checkpoint["model_config"]
-    size, channels = config["image_size"], config["in_channels"]
-    data = load_known(dataset, data_dir, checkpoint["train_args"]["known_classes"], size)
-    check_same_images(checkpoint, data)
-    sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
-    for name in unknown:
-        if name == HELD_OUT_CLASSES:
-            images = data.test_unknown
-            if not len(images):
-                raise ValueError("no classes are held out; name unknown images with --unknown")
-        else:
-            images = load_unknown(name, data_dir, size, channels, seed)
-            if name.startswith("folder:"):
-                warn_of_known_images(name, images, data)
-        sets[name] = as_unknown(images)
-    return sets
-
-
-def measure(
-    scores: dict[str, dict[str, Scores]], thresholds: dict[str, float], test: Activations
-) -> dict[str, Any]:
-    """Closed-set accuracy on `test_known`, and all metrics of every method on every unknown set."""
-    accuracy = np.mean(test.logits.argmax(axis=1) == test.labels)
-    methods = {
-        name: {
-            unknown: open_set_metrics(sets["test_known"], test.labels, its, thresholds[name])
-            for unknown, its in sets.items()
-            if unknown != "test_known"
-        }
-        for name, sets in scores.items()
-    }
-    return {"closed_set_accuracy": float(accuracy), "methods": methods}
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -51,12 +51,8 @@ class Method:
 
     def fit(self, train: Activations, val: Activations) -> Self:
         """Learn from training images; choose the threshold from validation images."""
-        self.learn(train)
         self.threshold_ = threshold_accepting(self.score(val).unknownness)
         return self
-
-    def learn(self, train: Activations) -> None:
-        """Fit to training images; by default, nothing to do."""
 
     def score(self, images: Activations) -> Scores:
         """Unknownness and probabilities of N images."""
@@ -96,10 +92,11 @@ class OpenMaxMethod(Method):
     def __init__(self, settings: OpenMaxSettings) -> None:
         self.settings = settings
 
-    def learn(self, train: Activations) -> None:
+    def fit(self, train: Activations, val: Activations) -> Self:
         latents, distance, tail_size, alpha = self.settings
         openmax = OpenMax(tail_size, alpha, distance, num_logits=train.logits.shape[1])
         self.openmax_ = openmax.fit(train.vectors(latents), train.labels)
+        return super().fit(train, val)
 
     def score(self, images: Activations) -> Scores:
         probabilities = self.openmax_.predict_proba(images.vectors(self.settings.latents))
@@ -159,7 +156,7 @@ class DHROpenMax(nn.Module):
         names = [f"class {label}" for label in range(train.logits.shape[1])]
         groups = correctly_classified(vectors, train.logits, train.labels, names)
         means = np.stack([group.mean(axis=0) for group in groups])
-        self._set(means=means, whitening=whitening(groups, means))
+        self._set(means=means, whitening=whitening(groups))
         evidence, distances = self.statistics(*_tensors(val)).T.numpy()
         tail = fit_weibulls([distances], self.tail_size, ["validation"])
         self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
@@ -226,7 +223,7 @@ def build_methods(settings: OpenMaxSettings) -> dict[str, Method | DHROpenMax]:
         "max_logit": MaxLogit(),
         "openmax": OpenMaxMethod(settings._replace(latents="none")),
         "crosr": OpenMaxMethod(settings),
-        "dhr_openmax": DHROpenMax(settings.tail_size),
+        "dhr_openmax": DHROpenMax(),
     }
 
 
@@ -237,15 +234,12 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
         ValueError: the rule is damaged or belongs to another network; it is tried on zeros.
     """
     rule = DHROpenMax()
+    num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
     try:
-        state = checkpoint["open_set_rule"]
         for name in DHROpenMax.BUFFERS:
-            setattr(rule, name, state[name].double())
+            setattr(rule, name, checkpoint["open_set_rule"][name].double())
         if not all(buffer.isfinite().all() for buffer in rule.buffers()):
             raise ValueError("it holds values that are not finite")
-        num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
-        if len(rule.means) != num_classes:
-            raise ValueError(f"it does not have the network's {num_classes} classes")
         rule(torch.zeros(1, num_classes), torch.zeros(1, LATENT_CHANNELS * levels))
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).split("\n")[0]

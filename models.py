@@ -105,8 +105,7 @@ class DHRNet(nn.Module):
                 *_hidden_layer(1024, 1024),
                 nn.Linear(1024, num_classes),
             )
-            decoder_widths = widths
-            sizes = [image_size, image_size // 2, image_size // 4, image_size // 8]
+            decoder_widths, inner = widths, image_size
         else:
             whitened = 8 * in_channels  # eigenvectors of 2x2 patches, and their negatives
             whitening = nn.Conv2d(in_channels, whitened, 2, bias=False)
@@ -122,7 +121,6 @@ class DHRNet(nn.Module):
             )
             decoder_widths = (LATENT_CHANNELS,) * 3
             inner = image_size - 1  # after the 2x2 whitening
-            sizes = [image_size, inner // 2, inner // 4, inner // 8]
 
         self.bottlenecks = nn.ModuleList(
             nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1) for width in widths
@@ -131,6 +129,7 @@ class DHRNet(nn.Module):
             nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1) for width in decoder_widths
         )
         outputs = (in_channels, *decoder_widths[:-1])
+        sizes = [image_size, inner // 2, inner // 4, inner // 8]
         self.deconvs = nn.ModuleList(
             _deconv(decoder_widths[level], outputs[level], sizes[level + 1], sizes[level])
             for level in range(3)
@@ -216,16 +215,19 @@ class DHRNet(nn.Module):
             weight = self.get_parameter("stem.0.weight")
             weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics are finite numbers."""
+        return all(bool(value.isfinite().all()) for value in self.state_dict().values())
+
     def _check(self, images: Tensor) -> None:
         channels, size = self.config["in_channels"], self.config["image_size"]
-        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, size, size):
-            expected = f"[N, {channels}, {size}, {size}]"
-            raise ValueError(f"images have shape {list(images.shape)}; expected {expected}")
         in_range = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
-        if images.dtype != torch.uint8 and not in_range:
+        if images.shape[1:] != (channels, size, size) or not (
+            images.dtype == torch.uint8 or in_range
+        ):
             raise ValueError(
-                f"images have type {images.dtype} and values up to {images.max():g}; expected "
-                "uint8 in 0..255, or float in 0..1"
+                f"images are {images.dtype} {list(images.shape)}; expected [N, {channels}, {size}, "
+                f"{size}], uint8 in 0..255 or float in 0..1"
             )
 
 
@@ -317,12 +319,10 @@ def load_checkpoint(path: str | Path) -> tuple[DHRNet, dict[str, Any]]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if missing := REQUIRED_KEYS - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        with torch.device("meta"):  # sizes without memory
-            expected = DHRNet(**checkpoint["model_config"]).state_dict().values()
-        if sum(weight.nbytes for weight in expected) > os.stat(path).st_size:
-            raise ValueError("its model_config asks for more weights than the file holds")
         network = DHRNet(**checkpoint["model_config"])
         network.load_state_dict(checkpoint["model_state_dict"])
+        if not network.is_finite():
+            raise ValueError("it holds weights that are not finite")
     except Exception as error:  # a foreign file can fail in any way
         if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise
@@ -333,8 +333,6 @@ def load_checkpoint(path: str | Path) -> tuple[DHRNet, dict[str, Any]]:
             f"{path} is not a whole DHR checkpoint ({reason}); "
             "use a file written by train_dhr_nn.py, or train a new one"
         ) from error
-    if not all(weight.isfinite().all() for weight in network.state_dict().values()):
-        raise ValueError(f"{path} holds weights that are not finite; train the network again")
     return network.eval(), checkpoint
 
 

@@ -6,7 +6,6 @@ or downloaded to it and checked by their MD5; `folder:PATH` is a folder of your 
 
 import hashlib
 import http.client
-import os
 import socket
 import sys
 import tarfile
@@ -15,7 +14,6 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +21,10 @@ import numpy as np
 
 import pictures
 from openmax import UNKNOWN
-from pictures import ImageSet, fit_to, printable, some
+from pictures import ImageSet, fit_to, hash_of, some
 
 KNOWN_SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "tiny-imagenet", "digits")
 KNOWN_SPLITS = ("train", "val", "test_known")
-UNKNOWN_SETS = (
-    "tiny-imagenet-crop", "tiny-imagenet-resize", "tiny-imagenet-crop-odin", "lsun-crop",
-    "lsun-resize", "isun", "svhn", "cifar100", "mnist", "textures", "gaussian-noise",
-    "uniform-noise",
-)  # fmt: skip
 HELD_OUT_CLASSES = "held-out-classes"  # test images of the data set's own classes left unknown
 
 VAL_PER_CLASS = 250  # of a named set, val holds this many training images of each class,
@@ -58,6 +51,10 @@ ODIN_ARCHIVES = {  # name: (archive, MD5, folder of images, pixels of frame arou
                     "LSUN_resize/LSUN_resize", 0, "moqh2wh8696c3yl"),
     "isun": ("iSUN.tar.gz", "be77b0f2c26fda898afac5f99645ee70", "iSUN", 0, "ssz7qxfqae0cca5"),
 }  # fmt: skip
+UNKNOWN_SETS = (
+    "tiny-imagenet-crop", "tiny-imagenet-resize", *ODIN_ARCHIVES, "svhn", "cifar100", "mnist",
+    "textures", "gaussian-noise", "uniform-noise",
+)  # fmt: skip
 
 
 class ImagesUnavailable(Exception):
@@ -92,10 +89,8 @@ def load_known(
     """
     if name.startswith("folder:"):
         folders = pictures.class_folders(pictures.folder_of(name))
-        classes = [
-            unicodedata.normalize("NFC", folder.name).encode(errors="backslashreplace").decode()
-            for folder in folders
-        ]
+        names = (unicodedata.normalize("NFC", folder.name) for folder in folders)
+        classes = [name.encode(errors="backslashreplace").decode() for name in names]
         known = _class_indices(known_classes, classes)
         size = image_size or FOLDER_IMAGE_SIZE
         train, val, test = pictures.read_class_folders(folders, known, size)
@@ -110,8 +105,8 @@ def load_known(
     else:
         raise ValueError(f"data set {name!r} is none of {', '.join(KNOWN_SETS)}, folder:PATH")
     unknown = test.images[~np.isin(test.labels, known)]
-    names = tuple(classes[index] for index in known)
-    return KnownData(names, train, val, _relabel(test, known), unknown)
+    known_names = tuple(classes[index] for index in known)
+    return KnownData(known_names, train, val, _relabel(test, known), unknown)
 
 
 def load_unknown(
@@ -134,7 +129,7 @@ def load_unknown(
         files, other = pictures.find_images(folder := pictures.folder_of(name))
         images, _ = pictures.read_and_report(folder.name, files, image_size, other)
         if not len(images):
-            raise ValueError(f"{printable(folder)}: no readable image; expected at least one")
+            raise ValueError(f"{folder}: no readable image; expected at least one")
     elif name in UNKNOWN_SETS:
         images = _read_unknown(name, data_dir, image_size, seed)
     else:
@@ -145,6 +140,42 @@ def load_unknown(
 def as_unknown(images: np.ndarray) -> ImageSet:
     """Images [N, H, W, C] of unknown classes, labelled so."""
     return ImageSet(images, np.full(len(images), UNKNOWN))
+
+
+def load_image_sets(
+    checkpoint: Mapping[str, Any],
+    dataset: str,
+    unknown: Sequence[str],
+    data_dir: Path,
+    seed: int = 0,
+) -> dict[str, ImageSet]:
+    """Load `train`, `val` and `test_known` of a checkpoint's classes, and the named unknown sets.
+
+    Args:
+        checkpoint: of `models.load_checkpoint`.
+        dataset: where its known images are, as for `load_known`.
+        unknown: each as for `load_unknown`, or `HELD_OUT_CLASSES`.
+        data_dir, seed: as for `load_unknown`.
+
+    Raises:
+        ImagesUnavailable, ValueError: as in `load_known`; no classes are held out.
+    """
+    config = checkpoint["model_config"]
+    size, channels = config["image_size"], config["in_channels"]
+    data = load_known(dataset, data_dir, checkpoint["train_args"]["known_classes"], size)
+    check_same_images(checkpoint, data)
+    sets = {name: getattr(data, name) for name in KNOWN_SPLITS}
+    for name in unknown:
+        if name == HELD_OUT_CLASSES:
+            images = data.test_unknown
+            if not len(images):
+                raise ValueError("no classes are held out; name unknown images with --unknown")
+        else:
+            images = load_unknown(name, data_dir, size, channels, seed)
+            if name.startswith("folder:") and dataset.startswith("folder:"):
+                _warn_of_known_images(name, images, data)
+        sets[name] = as_unknown(images)
+    return sets
 
 
 def load_cifar100_test(data_dir: Path) -> ImageSet:
@@ -165,7 +196,7 @@ def load_cifar100_test(data_dir: Path) -> ImageSet:
 def fingerprint(data: KnownData) -> dict[str, Any]:
     """{"count", "sha256"} of the training and validation images and their classes, in any order."""
     hashes = sorted(
-        pictures.hash_of(image) + data.classes[label].encode()
+        hash_of(image) + data.classes[label].encode()
         for images, labels in (data.train, data.val)
         for image, label in zip(images, labels, strict=True)
     )
@@ -182,13 +213,19 @@ def check_same_images(checkpoint: Mapping[str, Any], data: KnownData) -> None:
         gone = [f"{name} is missing" for name in before if name not in data.classes]
         new = [f"{name} is new" for name in data.classes if name not in before]
         changes = some(gone + new) or "their order has changed"
-        problem = f"the classes have changed since training ({changes}); train again"
-        raise ValueError(printable(problem))
+        raise ValueError(f"the classes have changed since training ({changes}); train again")
     then = checkpoint.get("images")  # checkpoints of version 0.1 do not tell
     if then and then != (now := fingerprint(data)):
         print(f"the training and validation images have changed since the network was trained "
               f"({then['count']:,} then, {now['count']:,} now): it may have been trained on some "
               "that are test images now", file=sys.stderr)  # fmt: skip
+
+
+def _warn_of_known_images(name: str, images: np.ndarray, data: KnownData) -> None:
+    """One line on stderr if images of an unknown set are among the known ones."""
+    known = {hash_of(image) for split in KNOWN_SPLITS for image in getattr(data, split).images}
+    if both := sum(hash_of(image) in known for image in images):
+        print(f"{name}: {both:,} of its images are among the known ones", file=sys.stderr)
 
 
 def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSet]:
@@ -205,7 +242,7 @@ def _read_known(name: str, data_dir: Path) -> tuple[list[str], ImageSet, ImageSe
         return classes, train, _read_torchvision(name, data_dir, "test")[1]
     # TinyImageNet's validation images, whose labels are public, serve as test images.
     files = [tiny_imagenet_files(data_dir, part) for part in ("train", "val")]
-    class_of = {file.name: file.parent.parent.name for file in chain(*files)}
+    class_of = {file.name: file.parent.parent.name for part in files for file in part}
     annotations = files[1][0].parent.parent / "val_annotations.txt"
     if annotations.exists():  # otherwise, val has been sorted into folders as train is
         rows = annotations.read_text().splitlines()
@@ -241,7 +278,7 @@ def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
             make(folder, argument, download=True)
     try:
         return make(data_dir, argument)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # it may fail in any way on damaged files
         raise ImagesUnavailable(f"{path} is damaged: remove it to download it again") from error
@@ -274,8 +311,8 @@ def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.n
 def tiny_imagenet_files(data_dir: Path, part: str) -> Sequence[Any]:
     """The images of `train`, `val` or `test` by their names, in the folder or inside the zip."""
     folder = data_dir / "tiny-imagenet-200" / part
-    if folder.is_dir():
-        return pictures.image_files([folder])
+    if files := sorted(folder.rglob("*.JPEG")):
+        return files
     archive = data_dir / "tiny-imagenet-200.zip"
     _download("tiny-imagenet", TINY_IMAGENET, archive, TINY_IMAGENET_MD5)
     inside = zipfile.ZipFile(archive)
@@ -315,7 +352,7 @@ def _downloading(name: str, path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
             yield Path(folder)
-            os.replace(Path(folder, path.name), path)
+            Path(folder, path.name).replace(path)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         # RuntimeError is how torchvision reports a wrong checksum or a failed mirror
         reason = " ".join(str(error).split())
@@ -346,7 +383,7 @@ def _class_indices(known_classes: str, classes: Sequence[str]) -> list[int]:
         problem = f"only {classes[indices[0]]}; expected at least two classes"
     else:
         return indices
-    raise ValueError(printable(f"known classes {known_classes}: {problem}"))
+    raise ValueError(f"known classes {known_classes}: {problem}")
 
 
 def _relabel(images: ImageSet, known: Sequence[int]) -> ImageSet:

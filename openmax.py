@@ -109,7 +109,7 @@ class OpenMax(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         logits = vectors[:, : len(names)] if self.num_logits else np.eye(len(names))[labels]
         groups = correctly_classified(vectors, logits, labels, names)
         self.mean_activations_ = means = np.stack([group.mean(axis=0) for group in groups])
-        self.whitening_ = whitening(groups, means) if self.distance == "mahalanobis" else None
+        self.whitening_ = whitening(groups) if self.distance == "mahalanobis" else None
         own = [
             class_distances(group, mean[None], self.distance, self.whitening_)[:, 0]
             for group, mean in zip(groups, means, strict=True)
@@ -271,15 +271,15 @@ def revised_logits(logits: Array, w: Array, alpha: int) -> Array:
     return np.vstack([(logits * (1 - w)).T, (logits * w).sum(axis=1)]).T
 
 
-def whitening(groups: Sequence[Array], means: Array) -> Array:
+def whitening(groups: Sequence[Array]) -> Array:
     """Factor W [D, D] with W W^T the inverse of the shrinkage covariance that K groups share.
 
-    Groups are [N_k, D], their means [K, D]. Source: Ledoit and Wolf 2004, as in scikit-learn.
+    Groups are [N_k, D]. Source: Ledoit and Wolf 2004, as in scikit-learn.
 
     Raises:
         ValueError: the covariance cannot be inverted, for example because all deviations are 0.
     """
-    deviations = np.vstack([group - mean for group, mean in zip(groups, means, strict=True)])
+    deviations = np.vstack([group - group.mean(axis=0) for group in groups])
     precision = LedoitWolf(assume_centered=True).fit(deviations).precision_
     try:
         return np.linalg.cholesky(precision)

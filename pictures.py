@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 from zipfile import Path as ZipPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-TEST, VAL, TRAIN = 0, 1, 2
 SPLIT_AT = (0.2, 0.4)  # a hash gives each image a place in 0..1: test, validation, training
-MIN_PER_CLASS = 25  # different images; about 15 of them are for training, of which there must be
-MIN_TRAIN, MIN_VAL = 10, 10  # for each class, and for the threshold of all classes together
-MAX_MEGAPIXELS = 200  # the largest phone cameras have that many
+MIN_PER_CLASS = 25  # different images; about 15 of them are for training
+MIN_VAL = 10  # validation images, for the threshold of all classes together
 
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; the largest phones have 200 M
 Image.init()  # registers all formats of this Pillow
 SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI")
 FORMATS = tuple(name for name in SAFE_FORMATS if name in Image.OPEN)  # EPS would run Ghostscript
@@ -66,7 +65,7 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         _report_unread(path.name, other)
         if not found:
             problem = "no image file in it" if path.is_dir() else "no such file or folder"
-            raise ValueError(f"{printable(path.absolute())}: {problem}; expected images")
+            raise ValueError(f"{path.absolute()}: {problem}; expected images")
         files += found
     return files
 
@@ -104,7 +103,7 @@ def folder_of(name: str) -> Path:
     """The folder of `folder:PATH`, `~` expanded, as a whole path; ValueError if there is none."""
     folder = Path(os.path.expanduser(name.removeprefix("folder:"))).resolve()
     if not folder.is_dir():
-        raise ValueError(f"{printable(folder)}: no such folder; if it moved, name its new place")
+        raise ValueError(f"{folder}: no such folder; if it moved, name its new place")
     return folder
 
 
@@ -113,12 +112,12 @@ def class_folders(root: Path) -> list[Path]:
     folders = [path for path in _visible(root) if path.is_dir()]
     names = [folder.name for folder in folders]
     inside = [[path.name for path in _visible(folder) if path.is_dir()] for folder in folders]
-    splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
+    splits = [match for name in names if (match := SPLIT_NAME.fullmatch(name))]
     holding = [name for name, below in zip(names, inside, strict=True) if len(below) > 1]
     holding.sort(key=lambda name: "train" not in name.lower())
     better = [f"try --dataset {shlex.quote(f'folder:{root / name}')}" for name in holding]
-    if len(splits) > 1:
-        problem = f"its sub-folders {some(splits)} are splits, not classes"
+    if len({match[2].lower() for match in splits}) > 1:  # two kinds of train are classes
+        problem = f"its sub-folders {some([match[0] for match in splits])} are splits, not classes"
     elif len(folders) < 2:
         problem = f"its only sub-folder is {names[0]}" if names else "it has no sub-folders"
     elif len(inside[0]) > 1 and all(each == inside[0] for each in inside):
@@ -127,7 +126,7 @@ def class_folders(root: Path) -> list[Path]:
     else:
         return folders
     problem += "; expected one sub-folder of images per class, two or more"
-    raise ValueError(printable("; ".join([f"{root}: {problem}", *better[:1]])))
+    raise ValueError("; ".join([f"{root}: {problem}", *better[:1]]))
 
 
 def read_class_folders(
@@ -147,32 +146,28 @@ def read_class_folders(
     other = sum((kinds for _, kinds in found), other)
     images, read = read_and_report(root.name, files, size, other)
     labels = np.repeat(np.arange(len(folders)), [len(inside) for inside, _ in found])[read]
-    hashes = [hash_of(image) for image in images]
-    first: dict[bytes, int] = {}
-    in_two: dict[bytes, list[Path]] = {}
-    for index, key in enumerate(hashes):
-        if labels[first.setdefault(key, index)] != labels[index]:
-            in_two[key] = [files[read[i]].relative_to(root) for i in (first[key], index)]
-    if in_two:
-        line = "{}: left out, as their images are in two classes: {:,} files ({} and {})"
-        line = line.format(root.name, sum(map(in_two.__contains__, hashes)), *in_two[min(in_two)])
-        print(printable(line), file=sys.stderr)
-    keys = sorted(first.keys() - in_two.keys())
-    if copies := sum(key not in in_two for key in hashes) - len(keys):
+    hashes = np.array([hash_of(image) for image in images], object)
+    _, first, copy_of = np.unique(hashes, return_index=True, return_inverse=True)
+    in_two = np.isin(copy_of, copy_of[labels != labels[first[copy_of]]])
+    if in_two.any():
+        line = f"left out, as their images are in two classes: {in_two.sum():,} files"
+        same = read[copy_of == copy_of[in_two.argmax()]]
+        shown = some([str(files[i].relative_to(root)) for i in same])
+        print(printable(f"{root.name}: {line} ({shown})"), file=sys.stderr)
+    kept = first[~in_two[first]]  # the first copy of each image, in the order of the hashes
+    if copies := len(images) - in_two.sum() - len(kept):
         print(printable(f"{root.name}: duplicates left out: {copies:,}"), file=sys.stderr)
-    kept = ImageSet(images, labels).where([first[key] for key in keys])
-    side = np.digitize([int.from_bytes(key[:8], "big") / 2**64 for key in keys], SPLIT_AT)
-    train, val, test = (kept.where(side == part) for part in (TRAIN, VAL, TEST))
-    counts, training = (np.bincount(part.labels, minlength=len(names)) for part in (kept, train))
+    data = ImageSet(images, labels).where(kept)
+    side = np.digitize([int.from_bytes(key[:8], "big") / 2**64 for key in hashes[kept]], SPLIT_AT)
+    test, val, train = (data.where(side == part) for part in range(3))
+    counts = np.bincount(data.labels, minlength=len(names))
     if few := [f"{names[i]} has {counts[i]}" for i in known if counts[i] < MIN_PER_CLASS]:
         problem = f"{', '.join(few)}; each class needs {MIN_PER_CLASS} different images or more"
-    elif few := [f"{names[i]} {training[i]}" for i in known if training[i] < MIN_TRAIN]:
-        problem = f"training images are too few: {', '.join(few)}; each class needs {MIN_TRAIN}"
     elif (left := np.isin(val.labels, known).sum()) < MIN_VAL:
         problem = f"validation images are too few: {left}; add images until {MIN_VAL} are drawn"
     else:
         return train, val, test
-    raise ValueError(printable(f"{root}: {problem}"))
+    raise ValueError(f"{root}: {problem}")
 
 
 def read_and_report(
@@ -210,15 +205,13 @@ def read_images(files: Sequence[Path | ZipPath], size: int) -> tuple[np.ndarray,
     """
     images = np.empty((len(files), size, size, 3), np.uint8)
     unread: dict[int, str] = {}
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # MAX_MEGAPIXELS replaces it
-    with warnings.catch_warnings(action="ignore"):  # about metadata
+    with warnings.catch_warnings(action="ignore"):  # about metadata, and more than 100 megapixels
         bar = tqdm(files, "read images", unit="img", leave=False, delay=1, disable=None)
         for index, file in enumerate(bar):
             try:
                 images[index] = _read_image(file.read_bytes(), size)
             except Exception as error:  # Pillow raises almost anything on a damaged file
                 unread[index] = _plain_reason(error)
-    Image.MAX_IMAGE_PIXELS = limit
     return (np.delete(images, list(unread), axis=0) if unread else images), unread
 
 
@@ -233,8 +226,6 @@ def _read_image(data: bytes, size: int) -> np.ndarray:
             raise ValueError(HEIC) from None
         if data[:64].lstrip().startswith(b"<"):
             raise ValueError("a web page or other text") from None
-        if data.startswith(b"\x89PNG") and (plain := _without_metadata(data)) != data:
-            return _decode(plain, size)
         if data.startswith(b"\xff\xd8"):  # JPEG
             image, other = (_decode(data + b"U" * n + b"\xff\xd9", size) for n in (0, 64))
             if np.array_equal(image, other):  # nothing but the end marker is missing
@@ -242,21 +233,12 @@ def _read_image(data: bytes, size: int) -> np.ndarray:
         raise
 
 
-def _without_metadata(png: bytes) -> bytes:
-    """The chunks that make the picture; Pillow refuses a damaged comment, browsers do not."""
-    kept, start = png[:8], 8
-    while start < len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if png[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept += png[start:end]
-        start = end
-    return kept
-
-
 def _decode(data: bytes, size: int) -> np.ndarray:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (megapixels := image.width * image.height / 1e6) > MAX_MEGAPIXELS:
-        raise ValueError(f"{megapixels:,.0f} megapixels; expected at most {MAX_MEGAPIXELS}")
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # to open it: damaged metadata is passed over
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # to decode it: missing pixels are an error
     image.draft(None, (8 * size, 8 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8
     sixteen_bits = ";16" in str(getattr(image, "tile", ""))
     image.load()
@@ -283,6 +265,8 @@ def _plain_reason(error: Exception) -> str:
         return error.strerror.lower()
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a supported kind"
+    if isinstance(error, Image.DecompressionBombError):
+        return "more than 200 megapixels"
     if "truncated" in message.lower():
         return "truncated: its end is missing"
     return message if type(error) is ValueError else f"damaged ({message or type(error).__name__})"
@@ -317,5 +301,6 @@ def some(names: Sequence[str], count: int = 10) -> str:
 
 
 def printable(text: object) -> str:
-    """Text with what cannot be printed escaped by backslashes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    """Text with control characters, line breaks and undecodable bytes escaped by backslashes."""
+    harmful = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(harmful, lambda match: ascii(match[0])[1:-1], str(text))

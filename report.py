@@ -175,14 +175,14 @@ def diagnose(results: Results, ours: SetScores) -> list[tuple[bool, str, str]]:
     threshold, accuracy = results["openmax"]["threshold"][OURS], results["closed_set_accuracy"]
     rejected = {name: float(np.mean(of.unknownness > threshold)) for name, of in ours.items()}
     rejected_known = rejected.pop("test_known")
-    low, high = acceptance_interval(results["validation_images"])
+    count = results["images"]["val"]
+    low, high = acceptance_interval(count)
     findings = [
         trust(results["methods"], min(len(of.unknownness) for of in ours.values())),
         (
             rejected_known <= max(0.1, 1 - low),
-            f"Each threshold accepts at least {ACCEPTED_SHARE:.0%} of "
-            f"{results['validation_images']:,} validation images, and so about {low:.0%} to "
-            f"{high:.0%} of new known images. "
+            f"Each threshold accepts at least {ACCEPTED_SHARE:.0%} of {count:,} validation images, "
+            f"and so about {low:.0%} to {high:.0%} of new known images. "
             f"{OURS} calls {rejected_known:.1%} of the known test images unknown.",
             "Prepare test and validation images alike.",
         ),

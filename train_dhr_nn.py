@@ -16,7 +16,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +33,9 @@ from fractals import fractals
 from methods import DHROpenMax, check_classes
 from models import NETWORK_KEYS, DHRNet, load_checkpoint, replace_file, save_checkpoint
 from open_set_data import KNOWN_SETS, KnownData, check_same_images, fingerprint, load_known
-from pictures import ImageSet
 from training import (
     SCHEDULES,
     batches,
-    broken_step,
     build_optimizers,
     gflop_per_image,
     one_vs_rest,
@@ -77,7 +74,7 @@ STATISTICS_IMAGES = 5000  # at most, for the input's statistics; fewer of more t
 COURSE = ("epoch", "seconds", "rate", "cross_entropy", "mse", "train_accuracy", "val_accuracy")
 STORED_ARGS = (
     "dataset", "known_classes", "image_size", "arch", *Recipe._fields, "reconstruction_weight",
-    "seed",
+    "seed", "no_mirror",
 )  # fmt: skip
 
 
@@ -123,7 +120,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
     # fmt: on
     args = parser.parse_args(argv)
-    args.arch = args.arch or ("tuned" if args.dataset.startswith("folder:") else "fast")
     limits = {
         "image_size": (16, 1025), "epochs": (1, 2**32), "batch_size": (2, 2**32),
         "lr": (1e-9, 2**32), "cutout": (0, 2**32), "reconstruction_weight": (0, 2**32),
@@ -139,12 +135,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def accuracy_on(network: DHRNet, images: ImageSet, batch_size: int) -> float:
-    """Share of images in 0..1 whose largest logit is their label's."""
-    logits = extract(network.eval(), images, batch_size).logits
-    return float(np.mean(logits.argmax(axis=1) == images.labels))
-
-
 def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> None:
     """Fill in what no flag gave from the recipe, adapted to the number of training images.
 
@@ -152,8 +142,8 @@ def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> 
         ValueError: a batch has more than all images, or the processes cannot share it; the square
             of cutout is larger than the images.
     """
-    recipe = RECIPES[args.arch]
-    processes = world_size()
+    args.arch = args.arch or ("tuned" if args.dataset.startswith("folder:") else "fast")
+    recipe, processes = RECIPES[args.arch], world_size()
     if args.batch_size is None:
         fitting = max(MIN_BATCH, count // MIN_STEPS_PER_EPOCH)
         whole = min(recipe.batch_size, fitting) // processes * processes
@@ -190,11 +180,11 @@ def load_unfinished(partial: Path, args: argparse.Namespace) -> tuple[DHRNet, di
     if tuple(saved["train_args"]) != STORED_ARGS:
         raise ValueError(f"{partial} was written by another version: remove it and start again")
     stored, given, defaults = saved["train_args"], vars(args), vars(parse_args([]))
-    if args.dataset != defaults["dataset"]:
+    if all(each.startswith("folder:") for each in (args.dataset, stored["dataset"])):
         stored["dataset"] = args.dataset  # its new place
     changed = [
         f"--{name.replace('_', '-')}"
-        for name in stored.keys() & defaults.keys() - {"arch"}
+        for name in stored.keys() & defaults.keys()
         if given[name] not in (defaults[name], stored[name])
     ]
     if changed:
@@ -269,31 +259,21 @@ def finish(
         print(f"wrote {picture}")
     except Exception as error:
         print(f"the course of the run could not be drawn: {error}", file=sys.stderr)
-    accuracy = accuracy_on(network, data.test_known, args.batch_size)
+    accuracy = extract(network, data.test_known, args.batch_size).accuracy
     print(f"accuracy on the {len(data.test_known.labels):,} test images: {100 * accuracy:.2f} %")
-    print(next_steps(args, "open_set_rule" in saved))
+    print_next_commands(args)
 
 
-def next_steps(args: argparse.Namespace, with_rule: bool) -> str:
-    """The commands that work next for this data set."""
+def print_next_commands(args: argparse.Namespace) -> None:
+    """What to do with the network."""
     measure = f"python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}"
-    train = f"python train_dhr_nn.py --dataset {shlex.quote(args.dataset)}"
-    lines = []
-    if with_rule:
-        lines += ["say what a picture shows, or that it is unknown:",
-                  f"  {measure} --images photo.jpg"]  # fmt: skip
+    whole_folder = args.dataset.startswith("folder:") and not args.known_classes
+    print(f"say what a picture shows, or that it is unknown:\n  {measure} --images photo.jpg")
     if args.data_dir != Path("data"):
         measure += f" --data-dir {shlex.quote(str(args.data_dir))}"
-    if args.known_classes:
-        lines += ["measure it against the classes left out:", f"  {measure}"]
-    elif args.dataset.startswith("folder:"):
-        lines += ["measure it against pictures of anything that is none of the classes:",
-                  f"  {measure} --unknown folder:PATH",
-                  "or train it again with some classes left out, which are then the unknown ones:",
-                  f"  {train} --known-classes A,B --out left-out.pt"]  # fmt: skip
-    else:
-        lines += ["measure it against unknown images:", f"  {measure}"]
-    return "\n".join(lines)
+    if whole_folder:
+        measure += " --unknown folder:PATH"
+    print(f"measure it against unknown images:\n  {measure}")
 
 
 def batches_of(
@@ -314,17 +294,19 @@ def train(
     data: KnownData, saved: dict[str, Any], partial: Path,
 ) -> None:  # fmt: skip
     """Train from epoch `saved["epoch"]` on. Save every epoch, and keep the checkpoint's entries in
-    `saved`."""
+    `saved`.
+
+    Raises:
+        ValueError: a loss, or a weight, is not finite.
+    """
     device = network.mean.device
-    images = torch.from_numpy(data.train.images).to(device)  # all on the device, uint8
-    labels = torch.from_numpy(data.train.labels).to(device)
+    images, labels = (torch.from_numpy(array).to(device) for array in data.train)
     steps = len(images) // args.batch_size
     loss = one_vs_rest if args.loss == "one-vs-rest" else F.cross_entropy
-    schedule, two_cycles = SCHEDULES[args.schedule], args.schedule == "two-cycles"
-    replica, averaged = replicated(network), AveragedModel(network)
+    schedule, replica = SCHEDULES[args.schedule], replicated(network)
+    averaged = AveragedModel(network) if args.schedule == "two-cycles" else None
     cycle = second_cycle(args.epochs * steps)
-    averaged_steps = cycle[len(cycle) // 2 :] if two_cycles else ()
-    if "averaged" in saved:
+    if averaged and "averaged" in saved:
         averaged.load_state_dict(saved.pop("averaged"))
     print("epoch  seconds  images/s    rate  cross-entropy     MSE  train acc  val acc")
     for epoch in range(saved["epoch"], args.epochs):
@@ -334,20 +316,20 @@ def train(
         title, hidden = f"epoch {epoch + 1}", bar_hidden()
         bar = tqdm(drawn, title, steps, unit="step", leave=False, disable=hidden)
         for step, (batch, target) in enumerate(bar, epoch * steps):
-            if step == cycle.stop and averaged.n_averaged:
+            if averaged and step == cycle.stop:
                 network.load_state_dict(averaged.module.state_dict())
-            rate = schedule(step, args.epochs * steps)
-            for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = rate * group["peak_lr"]
             with autocast(device):
                 logits, reconstruction, _ = replica(batch)
                 cross_entropy = loss(logits, target)
                 mse = F.mse_loss(reconstruction, network.normalize(batch))
             (cross_entropy + args.reconstruction_weight * mse).backward()
+            rate = schedule(step, args.epochs * steps)
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["peak_lr"]
                 optimizer.step()
                 optimizer.zero_grad()
-            if step in averaged_steps:
+            if averaged and step in cycle[len(cycle) // 2 :]:
                 averaged.update_parameters(network)
             right = (logits.argmax(dim=1) == target).float().mean()
             history.append(torch.stack([cross_entropy, mse, right]).detach())
@@ -355,17 +337,17 @@ def train(
                 return
         losses = average(torch.stack(history).cpu().double())  # waits for the device
         seconds = time.perf_counter() - start
-        if bad_step := broken_step(losses, network):
-            line = f"loss not finite at step {bad_step} of epoch {epoch + 1}; "
-            line += f"remove {partial} and start again" if epoch else "start again"
-            raise ValueError(f"{line} with a smaller --lr")
+        if not (losses.isfinite().all() and network.is_finite()):
+            kept = f"remove {partial} and " if epoch else ""
+            problem = f"loss not finite in epoch {epoch + 1}"
+            raise ValueError(f"{problem}; {kept}start again with a smaller --lr")
         if not rank():
-            val_accuracy = accuracy_on(network, data.val, args.batch_size)
+            val_accuracy = extract(network.eval(), data.val, args.batch_size).accuracy
             row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)
             saved["course"].append(dict(zip(COURSE, row, strict=True)))
             print_epoch(saved["course"][-1], steps * args.batch_size / seconds)
             saved |= {"epoch": epoch + 1, "val_accuracy": val_accuracy}
-            mean = {"averaged": averaged.state_dict()} if two_cycles else {}
+            mean = {"averaged": averaged.state_dict()} if averaged else {}
             states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(partial, network, **saved, **mean, optimizer_states=states)
 
@@ -380,8 +362,7 @@ def print_epoch(row: dict[str, float], images_per_second: float) -> None:
 
 
 def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
-    for path in (args.out, partial):
-        check_writable(path)
+    check_writable(args.out)
     if args.out.exists() and not args.dry_run:
         print(f"{args.out} exists and will be replaced")
     saved: dict[str, Any] = {"epoch": 0, "course": []}

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from models import DHRNet
 SHIFT_SHARE = 8  # the random translation is at most an eighth of the image's side
 ROTATION, EXPANSION, CROP_SHARE = 15, 0.2, 28 / 32  # as published: degrees, shares of the side
 GREY = 120  # of cutout's square and of rotate's canvas, about the mean of photographs
-SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, which halves 19 times
+SGD_MOMENTUM, SGD_WEIGHT_DECAY, HALVINGS = 0.9, 5e-4, 8  # as published, but for HALVINGS: 19 there
 WARMUP_SHARE = 0.1  # of a cycle's steps, before the rate falls linearly to 0
 SECOND_CYCLE = 11 / 16, 15 / 16  # shares of all steps: where it starts and ends
 PLATEAU = 0.4  # of the second cycle's peak rate
@@ -239,9 +238,8 @@ def build_optimizers(network: DHRNet, name: str, lr: float) -> list[torch.optim.
     if name == "sgd":
         optimizers = [torch.optim.SGD(trained, lr, SGD_MOMENTUM, weight_decay=SGD_WEIGHT_DECAY)]
     else:
-        filters = [p for p in network.encoder.parameters() if p.requires_grad and p.ndim == 4]
-        in_filters = {id(p) for p in filters}
-        others = [p for p in trained if id(p) not in in_filters]
+        filters = [p for p in network.encoder.parameters() if p.ndim == 4]
+        others = [p for p in trained if all(p is not each for each in filters)]
         rate = lr * TUNING_FACTOR if name == "tuning" else lr
         groups = [
             {"params": [p for p in others if p.ndim > 1], "lr": ADAM_RATE * rate},
@@ -251,8 +249,9 @@ def build_optimizers(network: DHRNet, name: str, lr: float) -> list[torch.optim.
             groups, betas=ADAM_BETAS, weight_decay=ADAM_WEIGHT_DECAY, fused=True
         )
         optimizers = [Muon(filters, lr, MUON_MOMENTUM), adam]
-    for group in chain(*(optimizer.param_groups for optimizer in optimizers)):
-        group["peak_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -291,16 +290,6 @@ def plateau(step: int, total_steps: int) -> float:
 
 
 SCHEDULES = {"one-cycle": one_cycle, "two-cycles": two_cycles, "halving": halving}
-
-
-def broken_step(losses: Tensor, network: DHRNet) -> int:
-    """1-based index of the first step with a non-finite loss; the last step if only weights are
-    bad; 0 if none."""
-    bad_steps = (~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad_steps):
-        return 1 + int(bad_steps[0])
-    finite = all(weight.isfinite().all() for weight in network.state_dict().values())
-    return 0 if finite else len(losses)
 
 
 def gflop_per_image(network: DHRNet) -> float:

@@ -15,19 +15,15 @@ from activations import SHIPPED_PATH, extract, file_sha256, load_network, write_
 from command_line import make_parser
 from methods import DHROpenMax
 from models import NETWORK_KEYS, save_checkpoint
-from open_set_data import KNOWN_SPLITS, as_unknown, load_known, load_unknown
+from open_set_data import load_image_sets
 
 UNKNOWN_SETS = ("tiny-imagenet-crop", "tiny-imagenet-resize", "cifar100")
 
 
 def ship(path: Path, out: Path, refit: bool, unknown_sets: Sequence[str] = UNKNOWN_SETS) -> None:
     network, saved = load_network(path)
-    args, size = saved["train_args"], network.config["image_size"]
-    known = load_known(args["dataset"], ROOT / "data", args["known_classes"], size)
-    image_sets = {name: getattr(known, name) for name in KNOWN_SPLITS}
-    for name in unknown_sets:
-        images = load_unknown(name, ROOT / "data", size, network.config["in_channels"])
-        image_sets[name] = as_unknown(images)
+    dataset = saved["train_args"]["dataset"]
+    image_sets = load_image_sets(saved, dataset, unknown_sets, ROOT / "data")
     sets = {name: extract(network, images, 250, name) for name, images in image_sets.items()}
     if refit:
         saved["open_set_rule"] = DHROpenMax().fit(sets["train"], sets["val"]).state_dict()

@@ -13,9 +13,9 @@ import fractals
 import train_dhr_nn
 from models import load_checkpoint
 from open_set_data import load_known
+from pictures import ImageSet
 
 SIX_OF_TEN = ["--dataset", "digits", "--known-classes", "0,1,2,3,4,5", "--batch-size", "50"]
-TINY_RUN = ["--dataset", "digits", "--known-classes", "0,1", "--batch-size", "120"]
 SECONDS_TO_WAIT = 600  # for the worker that makes a fixture
 
 
@@ -44,6 +44,12 @@ def evaluate(tmp_path):
 def error_line(capsys):
     """Function that returns the last line a command has written to stderr."""
     return lambda: capsys.readouterr().err.splitlines()[-1]
+
+
+def poisoned(images):
+    """Other images, in another number, under other labels."""
+    keep = slice(len(images.labels) // 2)
+    return ImageSet(255 - images.images[keep], images.labels[::-1][keep].copy())
 
 
 @pytest.fixture
@@ -86,7 +92,7 @@ def digits_net(made_once):
 @pytest.fixture(scope="session")
 def tiny_run():
     """Flags of a run of seconds: two digits, two epochs of two steps."""
-    return [*TINY_RUN, "--epochs", "2"]
+    return ["--dataset", "digits", "--known-classes", "0,1", "--batch-size", "120", "--epochs", "2"]
 
 
 @pytest.fixture(scope="session")

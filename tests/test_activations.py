@@ -1,7 +1,5 @@
 """Extraction, its cache, the arrays shipped with the checkpoint, and the device it all runs on."""
 
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -113,24 +111,15 @@ def test_cache_spares_the_second_extraction(tmp_path):
     assert equal(cached(path, make=None), make_activations())
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[: len(content) // 2],
-        lambda content: b"<!DOCTYPE html>",
-        lambda content: content[:300] + bytes(9) + content[309:],
-    ],
-    ids=["empty", "cut", "web page", "changed"],
-)
-def test_damaged_cache_is_extracted_again(tmp_path, capsys, damage):
+def test_damaged_cache_is_extracted_again(tmp_path, capsys):
     path = tmp_path / "key.npz"
     cached(path, make_activations)
-    path.write_bytes(damage(path.read_bytes()))
-    assert equal(cached(path, lambda: make_activations(seed=1)), make_activations(seed=1))
-    errors = capsys.readouterr().err
-    assert "cannot be read (" in errors
-    assert errors.count("\n") == 1
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:300] + bytes(9) + whole[309:]):
+        path.write_bytes(damaged)
+        assert equal(cached(path, lambda: make_activations(seed=1)), make_activations(seed=1))
+        [line] = capsys.readouterr().err.splitlines()
+        assert "cannot be read (" in line
     assert equal(cached(path, make=None), make_activations(seed=1))
 
 
@@ -184,15 +173,3 @@ def test_shipped_arrays_of_another_checkpoint_or_set_are_refused(shipped):
         load_shipped("abc", ["train", "lsun"], path)
     with pytest.raises(ImagesUnavailable, match="no activations ship with the checkpoint"):
         load_shipped("abc", ["train"], path.with_name("absent"))
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ImagesUnavailable, match=r"shipped\.npz is damaged \(") as caught:
-        load_shipped("abc", ["train"], path)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_ships_belongs_to_the_shipped_checkpoint():
-    sha256 = hashlib.sha256((ROOT / "dhr_net.pt").read_bytes()).hexdigest()
-    test = load_shipped(sha256, ["test_known"])["test_known"]
-    assert test.logits.shape == (10_000, 10)
-    assert np.mean(test.logits.argmax(axis=1) == test.labels) > 0.95
-    assert os.stat(ROOT / "dhr_net.pt").st_size < 25e6

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 from oracles import make_activations
-from sklearn.base import clone
 from sklearn.datasets import load_digits
-from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -34,22 +32,6 @@ def expected_failures(estimator):
 )
 def test_follows_scikit_learn(estimator, check):
     check(estimator)
-
-
-def test_is_used_before_fit_and_says_so():
-    images, _ = make_activations(0)
-    for method in ("predict", "predict_proba", "distances"):
-        with pytest.raises(NotFittedError):
-            getattr(OpenMax(num_logits=6), method)(images)
-
-
-def test_clone_has_the_parameters_and_no_fit():
-    model = OpenMax(30, 2, "cosine", 6).fit(*make_activations(0))
-    copy = clone(model)
-    assert copy.get_params() == {
-        "tail_size": 30, "alpha": 2, "distance": "cosine", "num_logits": 6
-    }  # fmt: skip
-    assert not hasattr(copy, "classes_")
 
 
 def test_predict_returns_the_label_of_the_largest_probability():
@@ -176,10 +158,6 @@ def test_parameters_that_do_not_fit_are_refused(settings, line):
         (lambda x, y: (x, np.where(y == 5, UNKNOWN, y)), "label -1 is reserved"),
         (lambda x, y: (x, np.append(NAMES[:5], UNKNOWN_NAME)[y]), "label 'unknown' is reserved"),
         (lambda x, y: (x, y[:-1]), "inconsistent numbers of samples"),
-        (lambda x, y: (x, y + 0.5), "Unknown label type"),
-        (lambda x, y: (np.where(x > 3, np.nan, x), y), "contains NaN"),
-        (lambda x, y: (np.where(x > 3, np.inf, x), y), "contains infinity"),
-        (lambda x, y: (x[:, 0], y), "Expected 2D array, got 1D array"),
         (lambda x, y: (x[:4], y[:4]), r"4 sample\(s\) .* minimum of 5"),
         (lambda x, y: (x[56:], y[56:]), "class 0 has 4 images, . of them classified correctly"),
         (lambda x, y: (x[:, [1, 0, *range(2, 15)]], y), "class 0 has 60 images, [0-4] of them"),
@@ -187,18 +165,10 @@ def test_parameters_that_do_not_fit_are_refused(settings, line):
         (lambda x, y: (np.where(y[:, None] == 1, 9 * np.eye(15)[1], x), y), "class 1: no Weibull"),
     ],
     ids=[
-        "unknown", "unknown_text", "one_label_short", "continuous", "nan", "inf", "1d", "too_few",
-        "small_class", "logits_in_another_order", "the_same_by_name", "equal_images",
+        "unknown", "unknown_text", "one_label_short", "too_few", "small_class",
+        "logits_in_another_order", "the_same_by_name", "equal_images",
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_is_refused(change, line):
     with pytest.raises(ValueError, match=line):
         OpenMax(num_logits=6).fit(*change(*make_activations(0)))
-
-
-def test_images_with_other_columns_are_refused():
-    train, labels = make_activations(0)
-    model = OpenMax(num_logits=6).fit(train, labels)
-    for method in (model.predict, model.distances):
-        with pytest.raises(ValueError, match="X has 14 features, but OpenMax is expecting 15"):
-            method(train[:, :-1])

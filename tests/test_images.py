@@ -176,7 +176,7 @@ def huge_png():
         (b"noise" * 99, "not an image of a supported kind"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not supported here: convert it to JPEG"),
         (encode(scene(), "EPS"), "not an image of a supported kind"),  # Ghostscript would run it
-        (huge_png(), "300 megapixels; expected at most 200"),
+        (huge_png(), "more than 200 megapixels"),
     ],
 )
 def test_what_cannot_be_read_has_a_plain_reason(tmp_path, content, reason):
@@ -220,7 +220,6 @@ def test_jpeg_of_a_108_megapixel_camera_is_read(tmp_path):
     read = read_one(encode(rows, "JPEG"), tmp_path)
     expected = np.asarray(Image.linear_gradient("L").resize((32, 32), Image.Resampling.BILINEAR))
     assert read[..., 0] == pytest.approx(expected, abs=3)
-    assert Image.MAX_IMAGE_PIXELS is not None
 
 
 def test_unread_files_have_their_index_and_nothing_is_printed(tmp_path, capfd):
@@ -233,7 +232,7 @@ def test_unread_files_have_their_index_and_nothing_is_printed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_folders_are_searched_for_images_and_files_taken_as_they_are(tmp_path, monkeypatch):
+def test_folders_are_searched_and_files_taken_as_they_are(tmp_path, monkeypatch, capsys):
     images = ["a.jpg", "b/c.PNG", "b/d/e.jfif", "b/f.webp", "g.tif", "h.heic"]
     others = [".x.png", ".cache/x.png", "__MACOSX/x.png", "@eaDir/x.png", "x.eps", "x.pdf", "x"]
     for name in images + others:
@@ -241,31 +240,21 @@ def test_folders_are_searched_for_images_and_files_taken_as_they_are(tmp_path, m
         (tmp_path / name).touch()
     expected = [tmp_path / name for name in images]
     assert image_files([tmp_path]) == expected
+    line = f"{tmp_path.name}: files not read: 1 without a suffix, 1 .eps, 1 .pdf\n"
+    assert capsys.readouterr().err == line
     assert image_files([tmp_path / "x", tmp_path]) == [tmp_path / "x", *expected]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert image_files([Path("~/a.jpg"), Path("~/b")]) == expected[:4]
 
 
-def test_links_that_lead_back_end(tmp_path):
-    scene().save(tmp_path / "a.png")
-    for name in ("back", "again"):
-        (tmp_path / name).symlink_to(tmp_path, target_is_directory=True)
-    assert image_files([tmp_path]) == [tmp_path / "a.png"]
-
-
-def test_links_are_followed(tmp_path):
+def test_links_are_followed_but_not_back(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "elsewhere").mkdir()
     scene().save(tmp_path / "elsewhere" / "1.png")
     (tmp_path / "folder" / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("back", "again"):
+        (tmp_path / "folder" / name).symlink_to(tmp_path / "folder")
     assert image_files([tmp_path / "folder"]) == [tmp_path / "folder" / "linked" / "1.png"]
-
-
-def test_files_of_other_kinds_are_counted(tmp_path, capsys):
-    scene().save(tmp_path / "a.png")
-    (tmp_path / "raw.cr2").touch()
-    assert image_files([tmp_path]) == [tmp_path / "a.png"]
-    assert capsys.readouterr().err == f"{tmp_path.name}: files not read: 1 .cr2\n"
 
 
 def test_missing_paths_and_empty_folders_are_named_in_full(tmp_path, monkeypatch):
@@ -279,7 +268,8 @@ def test_missing_paths_and_empty_folders_are_named_in_full(tmp_path, monkeypatch
 
 def test_printable_escapes_what_a_terminal_cannot_show(tmp_path):
     names = {"猫é b.png".encode(): "猫é b.png", b"caf\xe9.png": "caf\\udce9.png",
-             b"two\nlines.png": "two\\nlines.png", b"\x1b[31m.png": "\\x1b[31m.png"}  # fmt: skip
+             b"two\nlines.png": "two\\nlines.png", b"\x1b[31m.png": "\\x1b[31m.png",
+             "9.41\u202fAM.png".encode(): "9.41\u202fAM.png"}  # fmt: skip
     for name, shown in names.items():
         path = tmp_path / os.fsdecode(name)
         scene().save(path)

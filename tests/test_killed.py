@@ -1,12 +1,8 @@
 """Killed at any moment: what was saved stays whole, and a run goes on from there."""
 
-import json
-import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,46 +69,3 @@ def test_a_killed_evaluation_keeps_finished_sets_and_the_old_results(
     assert evaluate(digits_net, "--json", results) == 0
     assert results.read_text() != "old"
     assert all(file.stat().st_mtime_ns == before for file, before in finished.items())
-
-
-@pytest.mark.slow
-def test_two_evaluations_at_once_do_not_spoil_each_other(evaluate, digits_net, tmp_path, capsys):
-    command = [sys.executable, ROOT / "compute_openmax.py", "--checkpoint", digits_net]
-    command += ["--data-dir", tmp_path, "--device", "cpu", "--json"]
-    paths = [tmp_path / f"{number}.json" for number in range(3)]
-    both = [
-        subprocess.Popen([*command, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for path in paths[:2]
-    ]
-    errors = [process.communicate()[1].decode() for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert evaluate(digits_net, "--json", paths[2]) == 0  # from the cache
-    first, second, third = (json.loads(path.read_text())["methods"] for path in paths)
-    assert first == second == third
-    assert "cannot be read" not in "".join(errors) + capsys.readouterr().err
-    assert len(os.listdir(tmp_path / "cache")) == 4
-
-
-@pytest.mark.slow
-def test_ctrl_c_says_where_it_saved_and_how_to_go_on(tiny_run, tmp_path):
-    out, partial = tmp_path / "net.pt", tmp_path / "net.pt.partial"
-    command = [sys.executable, ROOT / "train_dhr_nn.py", *tiny_run, "--epochs", "500", "--out", out]
-
-    def heed_ctrl_c():  # what a shell starts in the background ignores it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c
-    ) as process:
-        while not partial.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate()[1].decode()
-    assert process.returncode == 130
-    assert re.split(r"[\r\n]+", error.strip())[-1] == (
-        f"stopped; add --resume to go on ({partial})"
-    )
-    assert "Traceback" not in error
-    assert load_checkpoint(partial)[1]["epoch"] >= 1
-    assert sorted(os.listdir(tmp_path)) == ["net.pt.partial"]

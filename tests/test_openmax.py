@@ -100,15 +100,6 @@ def test_both_engines_fit_the_same_weibull_or_refuse_the_same_tail(monkeypatch):
             assert sigma[0] == pytest.approx(sigma[1], abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_probabilities_are_the_same_with_either_engine(monkeypatch, distance):
-    train, labels = make_activations(0)
-    with_default = fitted(train, labels, distance=distance).predict_proba(train)
-    monkeypatch.setattr(openmax, "libmr", None)
-    with_scipy = fitted(train, labels, distance=distance).predict_proba(train)
-    assert np.abs(with_default - with_scipy).max() < 1e-5
-
-
 def test_scipy_engine_fits_the_likeliest_weibull():
     for seed in range(0, 60, 6):
         tail = odd_tail(seed)

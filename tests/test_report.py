@@ -14,10 +14,11 @@ import pytest
 from matplotlib import rc_context
 from PIL import Image
 
+import compute_openmax
 import report
 from activations import Activations
 from methods import OpenMaxSettings, build_methods
-from metrics import Scores, auroc, open_set_metrics
+from metrics import Scores, auroc
 from openmax import UNKNOWN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -48,23 +49,17 @@ def evaluation(classes=CLASSES, unknown_sets=("svhn",)):
     sets["test_known"] = activations(rng, 90)
     sets |= {name: activations(rng, 50, known=False) for name in unknown_sets}
     methods = build_methods(OpenMaxSettings())
-    labels, tested = sets["test_known"].labels, ("test_known", *unknown_sets)
-    scores, measured = {}, {}
-    for name, method in methods.items():
+    for method in methods.values():
         method.fit(sets["train"], sets["val"])
-        its = scores[name] = {key: method.score(sets[key]) for key in tested}
-        measured[name] = {
-            key: open_set_metrics(its["test_known"], labels, its[key], method.threshold_)
-            for key in unknown_sets
-        }
+    scores, measured = compute_openmax.measure(methods, sets, unknown_sets)
     thresholds = {name: float(method.threshold_) for name, method in methods.items()}
     results = {
         "checkpoint": {"path": "net.pt", "sha256": "0123abcd"}, "known": "folder:photos",
-        "validation_images": 60, "closed_set_accuracy": 0.99,
+        "images": {"val": 60}, "closed_set_accuracy": 0.99,
         "methods": measured, "openmax": {"tail_size": 20, "threshold": thresholds},
         "command": "python compute_openmax.py --report out",
     }  # fmt: skip
-    pixels = {key: rng.integers(0, 256, (90, 16, 16, 1), np.uint8) for key in tested}
+    pixels = {name: rng.integers(0, 256, (90, 16, 16, 1), np.uint8) for name in scores["msp"]}
     return [results, classes, sets, scores, methods, pixels, lambda images: images // 2]
 
 
@@ -82,7 +77,7 @@ def findings(accuracy=0.99, validation_images=1000, count=500, **centres):
     names = ("msp", "max_logit", "openmax", "crosr", "dhr_openmax")
     unknown = {name: rng.normal(centres.get(name, 2), 1, count) for name in names}
     results = {
-        "closed_set_accuracy": accuracy, "validation_images": validation_images,
+        "closed_set_accuracy": accuracy, "images": {"val": validation_images},
         "openmax": {"threshold": {"dhr_openmax": float(np.quantile(known, 0.95))}},
         "methods": {name: {"svhn": {"auroc": auroc(known, unknown[name])}} for name in names},
     }  # fmt: skip

@@ -21,7 +21,6 @@ from training import (
     augment,
     batches,
     blend,
-    broken_step,
     build_optimizers,
     gflop_per_image,
     halving,
@@ -201,7 +200,7 @@ def test_every_image_is_mirrored_every_other_epoch_and_digits_never(unmoved):
 
 @pytest.mark.parametrize(("dataset", "mirrored"), [("cifar10", True), ("digits", False)])
 def test_digits_are_not_mirrored(dataset, mirrored):
-    args = parse_args(["--dataset", dataset])
+    args = parse_args(["--dataset", dataset, "--arch", "fast"])
     network = build_network(args, make_data(make_images(20), np.arange(20) % 2))
     assert network.config["mirrored"] == mirrored
 
@@ -211,7 +210,9 @@ def test_normalisation_comes_from_images_of_every_class(monkeypatch):
     images = np.full((1000, 16, 16, 1), 10, np.uint8)
     images[500:] = 200
     monkeypatch.setattr(train_dhr_nn, "STATISTICS_IMAGES", 50)
-    network = build_network(parse_args([]), make_data(images, np.arange(1000) // 500))
+    network = build_network(
+        parse_args(["--arch", "fast"]), make_data(images, np.arange(1000) // 500)
+    )
     assert 255 * network.mean.item() == pytest.approx(105, abs=5)
 
 
@@ -282,16 +283,9 @@ def test_muon_keeps_filters_at_their_norm_and_moves_along_the_orthogonalised_gra
 
 
 def test_sgd_has_the_published_momentum_and_weight_decay():
-    weight = torch.nn.Parameter(torch.randn(4))
     (optimizer,) = build_optimizers(DHRNet(2, 1, 16), "sgd", 0.05)
-    optimizer.param_groups[0]["params"] = [weight]
-    expected, velocity = weight.detach().clone(), torch.zeros(4)
-    for _ in range(3):
-        weight.grad = torch.randn(4)
-        velocity = 0.9 * velocity + weight.grad + 5e-4 * expected
-        expected -= 0.05 * velocity
-        optimizer.step()
-    assert torch.allclose(weight, expected)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
 
 
 def test_halving_halves_the_rate_eight_times():
@@ -355,12 +349,3 @@ def test_a_step_descends_cross_entropy_plus_weighted_squared_error(monkeypatch, 
     assert len(recorder.gradients) == len(expected) > 10
     for got, wanted in zip(recorder.gradients, expected, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-5)
-
-
-def test_broken_step_counts_from_1_and_sees_weights_that_the_last_step_broke():
-    network, losses = DHRNet(2, 1, 16), torch.ones(4, 3)
-    assert broken_step(losses, network) == 0
-    losses[2, 1] = float("inf")
-    assert broken_step(losses, network) == 3
-    network.bottlenecks[0].bias.data[0] = float("nan")
-    assert broken_step(torch.ones(4, 3), network) == 4

@@ -261,17 +261,17 @@ def finish(
         print(f"the course of the run could not be drawn: {error}", file=sys.stderr)
     accuracy = extract(network, data.test_known, args.batch_size).accuracy
     print(f"accuracy on the {len(data.test_known.labels):,} test images: {100 * accuracy:.2f} %")
-    print_next_commands(args)
+    print_next_commands(args, "open_set_rule" in saved)
 
 
-def print_next_commands(args: argparse.Namespace) -> None:
+def print_next_commands(args: argparse.Namespace, with_rule: bool) -> None:
     """What to do with the network."""
     measure = f"python compute_openmax.py --checkpoint {shlex.quote(str(args.out))}"
-    whole_folder = args.dataset.startswith("folder:") and not args.known_classes
-    print(f"say what a picture shows, or that it is unknown:\n  {measure} --images photo.jpg")
+    if with_rule:
+        print(f"say what a picture shows, or that it is unknown:\n  {measure} --images photo.jpg")
     if args.data_dir != Path("data"):
         measure += f" --data-dir {shlex.quote(str(args.data_dir))}"
-    if whole_folder:
+    if args.dataset.startswith("folder:") and not args.known_classes:
         measure += " --unknown folder:PATH"
     print(f"measure it against unknown images:\n  {measure}")
 

@@ -338,9 +338,8 @@ def train(
         losses = average(torch.stack(history).cpu().double())  # waits for the device
         seconds = time.perf_counter() - start
         if not (losses.isfinite().all() and network.is_finite()):
-            kept = f"remove {partial} and " if epoch else ""
-            problem = f"loss not finite in epoch {epoch + 1}"
-            raise ValueError(f"{problem}; {kept}start again with a smaller --lr")
+            remedy = f"remove {partial} and start again" if epoch else "start again"
+            raise ValueError(f"loss not finite in epoch {epoch + 1}; {remedy} with a smaller --lr")
         if not rank():
             val_accuracy = extract(network.eval(), data.val, args.batch_size).accuracy
             row = (epoch + 1, seconds, rate * args.lr, *losses.mean(dim=0).tolist(), val_accuracy)

@@ -172,7 +172,7 @@ def load_image_sets(
                 raise ValueError("no classes are held out; name unknown images with --unknown")
         else:
             images = load_unknown(name, data_dir, size, channels, seed)
-            if name.startswith("folder:") and dataset.startswith("folder:"):
+            if name.startswith("folder:"):
                 _warn_of_known_images(name, images, data)
         sets[name] = as_unknown(images)
     return sets

@@ -95,6 +95,7 @@ NETWORKS = [
 ]
 NAMES = list(dict.fromkeys(network.name for network in NETWORKS))
 LATER = ("photos 4 more", "photos 4 tuned", "photos 8 tuned", "photos 12 tuned", "deep more")
+IN_TABLE = [name for name in NAMES if name not in LATER]
 
 
 def photo_kinds() -> list[str]:
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", choices=[*NAMES, []], metavar="NAME",
-        default=[name for name in NAMES if name not in LATER],
+        default=IN_TABLE,
         help=f"networks to compare, of {', '.join(NAMES)} (default: all but the five that were "
         "trained after the table)")  # fmt: skip
     add("--make", action="store_true", help="train and extract what is missing first")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracles import make_activations
+from made_up import make_activations
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import expit, softmax
 from scipy.stats import beta
 from torch import Tensor, nn
 
 from activations import Activations
 from metrics import ACCEPTED_SHARE, Scores, threshold_accepting
-from models import LATENT_CHANNELS, DHRNet
+from models import ARCHITECTURES, LATENT_CHANNELS, DHRNet
 from openmax import (
     LARGEST_HAZARD,
     UNKNOWN,
@@ -104,16 +105,18 @@ class OpenMaxMethod(Method):
 
 
 class DHROpenMax(nn.Module):
-    """This project's rule: two tests of an image, each against the held-out validation images.
+    """This project's rule: three tests of an image, each against the held-out validation images.
 
     Evidence: -||y||. For something unknown, all logits are small, positive and negative ones.
+    Direction: 1 - the cosine between the features and their mean over the predicted class. The
+    features hold what the logits leave out.
     Membership: the Mahalanobis distance of [y, z], z max-pooled as in CROSR, to the mean over the
     predicted class. It finds wrong colours and textures however sure the logits are.
 
-    Weibulls, fitted to the evidence of all validation images and to the tail of their distances,
-    give the probability 1 - w that a known image lies that far out. Fisher's method adds both up:
+    Weibulls, fitted to the evidence of all validation images and to the tails of the other two,
+    give the probability 1 - w that a known image lies that far out. Fisher's method adds all up:
 
-        log odds = log(p_unknown / (1 - p_unknown)) = sum over both of -log(1 - w) - offset.
+        log odds = log(p_unknown / (1 - p_unknown)) = sum over all of -log(1 - w) - offset.
 
     The offset puts the accepted share of validation images at odds below 1, so that the threshold
     is 0 and p_unknown > 1/2 decides. The other probabilities are softmax(y) (1 - p_unknown): the
@@ -126,14 +129,16 @@ class DHROpenMax(nn.Module):
         tail_size: number of largest distances the Weibull is fitted to; fewer of few images.
 
     Attributes:
+        directions: [K, C], means of the features.
         means: [K, K + 32 L], of [y, z].
         whitening: [K + 32 L, K + 32 L], `openmax.whitening` of [y, z].
-        tails: [3, 2], scale, shape and location of both Weibulls.
+        tails: [3, 3], scale, shape and location of each Weibull.
         offset: scalar.
     """
 
-    BUFFERS = ("means", "whitening", "tails", "offset")
+    BUFFERS = ("directions", "means", "whitening", "tails", "offset")
     threshold_ = 0.0
+    directions: Tensor
     means: Tensor
     whitening: Tensor
     tails: Tensor
@@ -152,14 +157,16 @@ class DHROpenMax(nn.Module):
             ValueError: a class has fewer than 5 correctly classified training images, or their
                 covariance or the validation images' tail cannot be fitted.
         """
-        vectors = train.vectors("max").astype(np.float64)
         names = [f"class {label}" for label in range(train.logits.shape[1])]
-        groups = correctly_classified(vectors, train.logits, train.labels, names)
-        means = np.stack([group.mean(axis=0) for group in groups])
-        self._set(means=means, whitening=whitening(groups))
-        evidence, distances = self.statistics(*_tensors(val)).T.numpy()
-        tail = fit_weibulls([distances], self.tail_size, ["validation"])
-        self._set(tails=np.column_stack([fit_tail(evidence), tail]), offset=0.0)
+        features, vectors = (
+            correctly_classified(array.astype(np.float64), train.logits, train.labels, names)
+            for array in (train.features, train.vectors("max"))
+        )
+        directions, means = ([group.mean(axis=0) for group in each] for each in (features, vectors))
+        self._set(directions=directions, means=means, whitening=whitening(vectors))
+        evidence, *others = self.statistics(*_tensors(val)).T.numpy()
+        tails = fit_weibulls(others, self.tail_size, ["validation"] * 2)
+        self._set(tails=np.column_stack([fit_tail(evidence), np.stack(tails)]), offset=0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness))
         return self
 
@@ -167,23 +174,27 @@ class DHROpenMax(nn.Module):
         for name, array in arrays.items():
             setattr(self, name, torch.from_numpy(np.array(array, np.float64)))
 
-    def statistics(self, logits: Tensor, latents_max: Tensor) -> Tensor:
-        """Evidence and membership [N, 2], in float64; larger is more unknown."""
-        vectors = torch.hstack([logits, latents_max]).double()
-        offsets = vectors - self.means[logits.argmax(dim=1)]
+    def statistics(self, logits: Tensor, features: Tensor, latents_max: Tensor) -> Tensor:
+        """Evidence, direction and membership [N, 3], in float64; larger is more unknown."""
+        predicted = logits.argmax(dim=1)
         evidence = -torch.linalg.vector_norm(logits.double(), dim=1)
+        cosine = F.cosine_similarity(features.double(), self.directions[predicted])
+        offsets = torch.hstack([logits, latents_max]).double() - self.means[predicted]
         distances = torch.linalg.vector_norm(offsets @ self.whitening, dim=1)
-        return torch.stack([evidence, distances], dim=1)
+        return torch.stack([evidence, 1 - cosine, distances], dim=1)
 
-    def forward(self, logits: Tensor, latents_max: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, logits: Tensor, features: Tensor, latents_max: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Log odds [N] of being unknown, and probabilities [N, K + 1], the unknown class last.
 
         Args:
             logits: [N, K].
+            features: [N, C].
             latents_max: [N, 32 L], max-pooled latents, level by level.
         """
         scale, shape, location = self.tails
-        reach = self.statistics(logits, latents_max) - location
+        reach = self.statistics(logits, features, latents_max) - location
         hazards = (reach.clamp_min(0) / scale).pow(shape)
         log_odds = hazards.clamp_max(LARGEST_HAZARD).sum(dim=1) - self.offset
         known = (-log_odds).clamp_min(-600).sigmoid()[:, None]  # never 0, which would tie classes
@@ -196,8 +207,8 @@ class DHROpenMax(nn.Module):
         return Scores(log_odds.numpy(), probabilities.numpy())
 
 
-def _tensors(images: Activations) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(images.logits), torch.from_numpy(images.latents_max)
+def _tensors(images: Activations) -> list[Tensor]:
+    return [torch.from_numpy(a) for a in (images.logits, images.features, images.latents_max)]
 
 
 def acceptance_interval(count: int) -> tuple[float, float]:
@@ -240,10 +251,12 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
             setattr(rule, name, checkpoint["open_set_rule"][name].double())
         if not all(buffer.isfinite().all() for buffer in rule.buffers()):
             raise ValueError("it holds values that are not finite")
-        rule(torch.zeros(1, num_classes), torch.zeros(1, LATENT_CHANNELS * levels))
+        widths = num_classes, ARCHITECTURES[network.config["arch"]][-1], LATENT_CHANNELS * levels
+        rule(*(torch.zeros(1, width) for width in widths))
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).split("\n")[0]
-        raise ValueError(f"the open-set rule in it is damaged ({reason}); train again") from error
+        what = f"the open-set rule in it is damaged or of an earlier version ({reason})"
+        raise ValueError(f"{what}; train again") from error
     return rule
 
 
@@ -261,5 +274,5 @@ class Recogniser(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, K + 1], the unknown class last, of images as for `DHRNet`."""
-        logits, latents_max, _ = self.network.logits_and_latents(images)
-        return self.rule(logits, latents_max)[1]
+        logits, features, latents_max, _ = self.network.activations(images)
+        return self.rule(logits, features, latents_max)[1]

@@ -32,13 +32,12 @@ class DHROutput(NamedTuple):
 
     Attributes:
         logits: [N, K], raw class scores y.
-        reconstruction: [N, C, H, W] in units of the normalised image; None when decoding was
-            skipped.
+        reconstruction: [N, C, H, W] in units of the normalised image.
         latents: one [N, 32, h_l, w_l] tensor per level, shallow to deep, all >= 0.
     """
 
     logits: Tensor
-    reconstruction: Tensor | None
+    reconstruction: Tensor
     latents: tuple[Tensor, ...]
 
 
@@ -57,8 +56,7 @@ class DHRNet(nn.Module):
         in_channels: 1 or 3.
         image_size: height and width in pixels, 16..1024.
         arch: one of `ARCHITECTURES`.
-        mirrored: a mirrored image shows the same class; `logits_and_latents` then averages over
-            both.
+        mirrored: a mirrored image shows the same class; `activations` then averages over both.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -144,16 +142,20 @@ class DHRNet(nn.Module):
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def forward(self, images: Tensor, decode: bool = True) -> DHROutput:
+    def forward(self, images: Tensor) -> DHROutput:
         """Classify and reconstruct images.
 
         Args:
             images: [N, C, H, W], uint8 in 0..255 or float in 0..1; normalised inside.
-            decode: False skips the decoder, which logits and latents do not need.
 
         Raises:
             ValueError: the images have another shape, type or range than the network expects.
         """
+        x, latents = self.encode(images)
+        return DHROutput(self.head(x), self.decode(latents), tuple(latents))
+
+    def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last stage's output x_L, [N, C, h, w], and the latents of all levels."""
         if not torch.compiler.is_compiling():
             self._check(images)
         x = self.stem(self.normalize(images))
@@ -161,8 +163,7 @@ class DHRNet(nn.Module):
         for stage, bottleneck in zip(self.encoder, self.bottlenecks, strict=True):
             x = stage(x)
             latents.append(F.relu(bottleneck(x)))
-        reconstruction = self.decode(latents) if decode else None
-        return DHROutput(self.head(x), reconstruction, tuple(latents))
+        return x, latents
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Rebuild the image, deep to shallow: g_l = deconv_l(relu(g_{l+1}) + expand_l(z_l))."""
@@ -170,8 +171,8 @@ class DHRNet(nn.Module):
         x = self.deconvs[1](self.expansions[1](latents[1]) + F.relu(x))
         return self.deconvs[0](self.expansions[0](latents[0]) + F.relu(x))
 
-    def logits_and_latents(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What classification and OpenMax need of images, without the decoder.
+    def activations(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the open-set methods need of images, without the decoder.
 
         Where `mirrored`, everything is averaged over the image and its mirror image.
 
@@ -179,20 +180,21 @@ class DHRNet(nn.Module):
             images: as for `forward`.
 
         Returns:
-            logits [N, K], and the latents of all levels, shallow to deep, max-pooled and
-            average-pooled over space, each [N, 96]; float32.
+            logits [N, K]; features [N, C], the last stage's output max-pooled over space; and the
+            latents of all levels, shallow to deep, max-pooled and average-pooled over space, each
+            [N, 96]; float32.
         """
         views = [images, images.flip(-1)] if self.config["mirrored"] else [images]
         parts = []
         for view in views:
-            logits, _, latents = self(view, decode=False)
+            x, latents = self.encode(view)
             largest = torch.cat([z.amax(dim=(2, 3)) for z in latents], dim=1)
             average = torch.cat([z.float().mean(dim=(2, 3)) for z in latents], dim=1)
-            parts.append((logits.float(), largest.float(), average))
-        logits, largest, average = (
-            torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)
+            parts.append((self.head(x), x.amax(dim=(2, 3)), largest, average))
+        logits, features, largest, average = (
+            torch.stack(part).float().mean(dim=0) for part in zip(*parts, strict=True)
         )
-        return logits, largest, average
+        return logits, features, largest, average
 
     @torch.no_grad()
     def fit_input_statistics(self, images: Tensor) -> None:

@@ -110,7 +110,7 @@ def extraction(repeats: int) -> Rows:
     network.to(memory_format=torch.channels_last)
     few = torch.from_numpy(data.images[:20]).permute(0, 3, 1, 2)
     with FlopCounterMode(display=False) as counter:
-        network.logits_and_latents(few[:1])
+        network.activations(few[:1])
     floor = matrix_gflops(repeats) / counter.get_total_flops() * 1e9
     whole, loop = median_seconds(
         repeats, lambda: extract(network, data, 250), lambda: one_by_one(network, few)

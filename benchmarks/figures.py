@@ -36,6 +36,7 @@ def draw_scores(figure: Figure, known: np.ndarray, unknown: np.ndarray, threshol
         (-1.2, 10.5, f"known:\nCIFAR-10\n{np.mean(known <= threshold):.1%} accepted", BLUE),
         (3.7, 10.5, f"unknown:\nTinyImageNet\n{np.mean(unknown > threshold):.1%} rejected", RED),
         (-0.6, 16.6, "← accepted", INK), (0.6, 16.6, "rejected →", INK),
+        (3.9, 16.6, f"{np.mean(unknown > bins[-1]):.0%} farther →", RED),
     ):  # fmt: skip
         axes.text(x, y, text, color=colour, ha="center")
 

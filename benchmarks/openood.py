@@ -15,7 +15,6 @@ Source: OpenOOD v1.5 (Zhang et al. 2023, arXiv 2306.09301) and its leaderboard o
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +81,8 @@ def benchmark_sets(test: ImageSet, data_dir: Path) -> dict[str, ImageSet]:
     return sets | {name: as_unknown(images) for name, images in unknown.items()}
 
 
-@contextmanager
-def features_of(network: DHRNet) -> Iterator[list[torch.Tensor]]:
-    """The features [N, D] that the last layer takes, of each batch the network is called with."""
-    seen: list[torch.Tensor] = []
-    hook = network.head[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def extract_with_features(
-    network: DHRNet, images: ImageSet, title: str
-) -> tuple[Activations, torch.Tensor]:
-    """Activations, and the features [N, D] behind the logits, averaged over the views."""
-    with features_of(network) as seen:
-        activations = extract(network, images, 250, title)
-    collected = [features.float().cpu() for features in seen]
-    views = 1 + network.config["mirrored"]
-    batches = [torch.stack(collected[i : i + views]).mean(dim=0)
-               for i in range(0, len(collected), views)]  # fmt: skip
-    return activations, torch.cat(batches)
-
-
 def peer_scores(
-    network: DHRNet, sets: dict[str, tuple[Activations, torch.Tensor]], tested: list[str]
+    network: DHRNet, sets: dict[str, Activations], tested: list[str]
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """pytorch-ood's detectors, with their defaults, on the same logits and features."""
     from pytorch_ood.detector import GEN, KNN, RMD, EnergyBased, OpenMax, ViM
@@ -115,17 +90,21 @@ def peer_scores(
     last = network.head[-1]
     weight = last.weight.detach().cpu().float()
     bias = torch.zeros(len(weight)) if last.bias is None else last.bias.detach().cpu().float()
-    train, features = sets["train"]
-    labels = torch.from_numpy(train.labels)
-    of_features = {"KNN": KNN(None), "RMD": RMD(None), "ViM": ViM(None, 64, weight, bias)}
+    labels = torch.from_numpy(sets["train"].labels)
+    features, logits = (
+        {name: torch.from_numpy(getattr(images, field)) for name, images in sets.items()}
+        for field in ("features", "logits")
+    )
+    of_features = {"KNN": KNN(None), "RMD": RMD(None)}
+    if weight.shape[1] == features["train"].shape[1]:  # not `vgg`, which has hidden layers
+        of_features["ViM"] = ViM(None, 64, weight, bias)
     for name, detector in of_features.items():
-        detector.fit_features(features, labels)
-        yield name, {each: detector.predict_features(sets[each][1]).numpy() for each in tested}
-    openmax = OpenMax(None).fit_logits(torch.from_numpy(train.logits), labels)
+        detector.fit_features(features["train"], labels)
+        yield name, {each: detector.predict_features(features[each]).numpy() for each in tested}
+    openmax = OpenMax(None).fit_logits(logits["train"], labels)
     of_logits = {"GEN": GEN(None), "energy": EnergyBased(None), "OpenMax": openmax}
     for name, detector in of_logits.items():
-        logits = {each: torch.from_numpy(sets[each][0].logits) for each in tested}
-        yield name, {each: detector.predict_logits(y).numpy() for each, y in logits.items()}
+        yield name, {each: detector.predict_logits(logits[each]).numpy() for each in tested}
 
 
 def measure(scores: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -169,21 +148,18 @@ def run(path: Path, data_dir: Path, device: str) -> dict[str, Any]:
     image_sets = benchmark_sets(data.test_known, data_dir)
     tested = list(image_sets)
     image_sets |= {"train": data.train, "val": data.val}
-    sets = {
-        name: extract_with_features(network, images, name) for name, images in image_sets.items()
-    }
-    known = sets["known"][0]
+    sets = {name: extract(network, images, 250, name) for name, images in image_sets.items()}
     methods = {}
     for name, method in build_methods(OpenMaxSettings()).items():
-        method.fit(sets["train"][0], sets["val"][0])
-        scores = {each: method.score(sets[each][0]).unknownness for each in tested}
+        method.fit(sets["train"], sets["val"])
+        scores = {each: method.score(sets[each]).unknownness for each in tested}
         methods[name] = measure(scores)
     try:
         for name, scores in peer_scores(network, sets, tested):
             methods[f"pytorch-ood {name}"] = measure(scores)
     except ModuleNotFoundError as error:
         print(f"{error}: pip install pytorch-ood, for its detectors")
-    return {"accuracy": 100 * known.accuracy, "methods": methods}
+    return {"accuracy": 100 * sets["known"].accuracy, "methods": methods}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,10 +69,10 @@ class Spread(DHROpenMax):
     alike. A network that was taught "none of these" pushes all of them away, so that ||y|| is large
     there."""
 
-    def statistics(self, logits: Tensor, latents_max: Tensor) -> Tensor:
-        _, distances = super().statistics(logits, latents_max).T
+    def statistics(self, logits: Tensor, features: Tensor, latents_max: Tensor) -> Tensor:
+        _, *others = super().statistics(logits, features, latents_max).T
         spread = logits.double() - logits.double().mean(dim=1, keepdim=True)
-        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), distances], dim=1)
+        return torch.stack([-torch.linalg.vector_norm(spread, dim=1), *others], dim=1)
 
 
 class Base:

@@ -89,10 +89,9 @@ def test_deep_adds_a_pair_of_convolutions_to_its_input_in_each_stage():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_eval_forward_is_deterministic_and_needs_no_decoder(arch):
+def test_eval_forward_is_deterministic(arch):
     network = make_network(arch)
-    first, second = network(make_images()), network(make_images(), decode=False)
-    assert second.reconstruction is None
+    first, second = network(make_images()), network(make_images())
     assert torch.equal(first.logits, second.logits)
     assert all(map(torch.equal, first.latents, second.latents))
 
@@ -122,9 +121,9 @@ def test_uint8_and_unit_range_images_are_the_same_to_the_network():
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-def test_logits_and_latents_average_over_the_mirror_image(mirrored):
+def test_activations_average_over_the_mirror_image(mirrored):
     network, images = make_network(mirrored=mirrored), make_images()
-    got = network.logits_and_latents(images)
+    got = network.activations(images)
     views = [images, images.flip(-1)] if mirrored else [images]
     outputs = [network(view) for view in views]
     logits = sum(output.logits for output in outputs) / len(views)
@@ -132,9 +131,11 @@ def test_logits_and_latents_average_over_the_mirror_image(mirrored):
         sum(torch.cat([pool(z) for z in output.latents], dim=1) for output in outputs) / len(views)
         for pool in (lambda z: z.flatten(2).amax(dim=2), lambda z: z.flatten(2).mean(dim=2))
     ]
-    for part, expected in zip(got, (logits, *pooled), strict=True):
+    features = sum(network.encode(view)[0].amax(dim=(2, 3)) for view in views) / len(views)
+    for part, expected in zip(got, (logits, features, *pooled), strict=True):
         assert part.dtype == torch.float32
         assert torch.allclose(part, expected, atol=1e-6)
+    assert torch.allclose(network.head[-1](got[1]), got[0], atol=1e-5)  # features make the logits
 
 
 def test_normalised_training_images_have_zero_mean_and_unit_deviation():

@@ -89,8 +89,9 @@ def test_averaged_weights_are_the_mean_over_the_second_half(images):
 def test_spread_ignores_what_all_logits_share():
     rule = Spread()
     rule.means, rule.whitening = torch.zeros(3, 5), torch.eye(5, dtype=torch.float64)
-    logits, latents = torch.tensor([[1.0, 2, 3]]), torch.zeros(1, 2)
-    evidence = [rule.statistics(logits + shift, latents)[0, 0].item() for shift in (0, -100)]
+    rule.directions, zeros = torch.zeros(3, 2), torch.zeros(1, 2)
+    logits = torch.tensor([[1.0, 2, 3]])
+    evidence = [rule.statistics(logits + shift, zeros, zeros)[0, 0].item() for shift in (0, -100)]
     assert evidence == pytest.approx([-(2**0.5), -(2**0.5)])
 
 

@@ -38,8 +38,9 @@ def activations(rng, count, known=True):
     if known:
         logits[np.arange(count), labels] += 8
         latents[:, :3] += 5 * np.eye(3)[labels]
-    arrays = (array.astype(np.float32) for array in (logits, latents + 1, latents))
-    return Activations(labels if known else np.full(count, UNKNOWN), *arrays)
+    arrays = (logits, latents, latents + 1, latents)
+    labels = labels if known else np.full(count, UNKNOWN)
+    return Activations(labels, *(array.astype(np.float32) for array in arrays))
 
 
 def evaluation(classes=CLASSES, unknown_sets=("svhn",)):

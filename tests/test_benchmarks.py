@@ -139,9 +139,17 @@ def test_no_network_of_the_zoo_is_listed_twice_and_their_flags_parse():
         assert len(set(names)) == len(names)
 
 
-def test_default_networks_are_those_of_the_recorded_table():
+def test_zoo_without_names_takes_all_networks(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        zoo.main(["--zoo", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert f"no activations in {tmp_path}: make them with --make" in printed.err
+    assert all(name in printed.out for name in zoo.NAMES)
+
+
+def test_recorded_table_has_all_networks():
     record = json.loads((zoo.ROOT / "benchmarks" / "results" / "zoo.json").read_text())
-    assert {task.split(", ")[0] for task in record["tasks"]} == {*zoo.IN_TABLE}
+    assert {task.split(", ")[0] for task in record["tasks"]} == {*zoo.NAMES}
 
 
 def test_networks_of_one_name_know_different_classes(monkeypatch):
@@ -182,7 +190,7 @@ def test_image_by_image_gives_the_same_activations():
     network = DHRNet(3, image_size=16).eval()
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        logits, latents_max, _ = network.logits_and_latents(images)
+        logits, _, latents_max, _ = network.activations(images)
     views = [torch.cat(part, dim=1)[0] for part in peers.one_by_one(network, images)]
     means = torch.stack(views).unflatten(0, (2, 2)).mean(dim=1)
     assert torch.allclose(means, torch.cat([logits, latents_max], dim=1), atol=1e-5)

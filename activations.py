@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from distributed import average, bar_hidden, rank
-from models import ARCHITECTURES, LATENT_CHANNELS, DHRNet, load_checkpoint, replace_file
+from models import DHRNet, load_checkpoint, replace_file
 from open_set_data import ImagesUnavailable
 from pictures import ImageSet
 
@@ -125,10 +125,7 @@ def extract(
         title: of the progress bar; None shows none.
     """
     device, count = network.mean.device, len(images.labels)
-    latents = LATENT_CHANNELS * len(network.bottlenecks)
-    features = ARCHITECTURES[network.config["arch"]][-1]
-    widths = (network.config["num_classes"], features, latents, latents)
-    arrays = [np.empty((count, width), np.float32) for width in widths]
+    arrays = [np.empty((count, width), np.float32) for width in network.widths]
     starts, hidden = range(0, count, batch_size), title is None or bar_hidden()
     for start in tqdm(starts, title, unit="batch", leave=False, disable=hidden):
         rows = slice(start, start + batch_size)

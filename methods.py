@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from activations import Activations
 from metrics import ACCEPTED_SHARE, Scores, threshold_accepting
-from models import ARCHITECTURES, LATENT_CHANNELS, DHRNet
+from models import DHRNet
 from openmax import (
     LARGEST_HAZARD,
     UNKNOWN,
@@ -126,7 +126,8 @@ class DHROpenMax(nn.Module):
     and export run the same `forward`.
 
     Args:
-        tail_size: number of largest distances the Weibull is fitted to; fewer of few images.
+        tail_size: number of largest values that the Weibull of a tail is fitted to; fewer of few
+            images.
 
     Attributes:
         directions: [K, C], means of the features.
@@ -166,7 +167,7 @@ class DHROpenMax(nn.Module):
         self._set(directions=directions, means=means, whitening=whitening(vectors))
         evidence, *others = self.statistics(*_tensors(val)).T.numpy()
         tails = fit_weibulls(others, self.tail_size, ["validation"] * 2)
-        self._set(tails=np.column_stack([fit_tail(evidence), np.stack(tails)]), offset=0.0)
+        self._set(tails=np.column_stack([fit_tail(evidence), tails]), offset=0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness))
         return self
 
@@ -245,14 +246,12 @@ def stored_rule(network: DHRNet, checkpoint: dict[str, Any]) -> DHROpenMax:
         ValueError: the rule is damaged or belongs to another network; it is tried on zeros.
     """
     rule = DHROpenMax()
-    num_classes, levels = network.config["num_classes"], len(network.bottlenecks)
     try:
         for name in DHROpenMax.BUFFERS:
             setattr(rule, name, checkpoint["open_set_rule"][name].double())
         if not all(buffer.isfinite().all() for buffer in rule.buffers()):
             raise ValueError("it holds values that are not finite")
-        widths = num_classes, ARCHITECTURES[network.config["arch"]][-1], LATENT_CHANNELS * levels
-        rule(*(torch.zeros(1, width) for width in widths))
+        rule(*(torch.zeros(1, width) for width in network.widths[:3]))
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).split("\n")[0]
         what = f"the open-set rule in it is damaged or of an earlier version ({reason})"

@@ -171,6 +171,13 @@ class DHRNet(nn.Module):
         x = self.deconvs[1](self.expansions[1](latents[1]) + F.relu(x))
         return self.deconvs[0](self.expansions[0](latents[0]) + F.relu(x))
 
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Values per image in each of the four parts that `activations` returns."""
+        latents = LATENT_CHANNELS * len(self.bottlenecks)
+        features = ARCHITECTURES[self.config["arch"]][-1]
+        return self.config["num_classes"], features, latents, latents
+
     def activations(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the open-set methods need of images, without the decoder.
 

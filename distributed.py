@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Join the processes that torchrun started, and let only the first print.
+    """Join the processes that torchrun started, and let only the first print, on stderr too.
 
     Raises:
         ConnectionError: a step that the processes take together failed, usually because one ended.
@@ -37,8 +37,10 @@ def joined_processes() -> Iterator[None]:
     try:
         dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on GPUs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
-            yield
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise  # out of memory, or a defect

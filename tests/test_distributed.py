@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import distributed
 from distributed import joined_processes
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,24 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(tmp_path):
     assert out.exists()
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(0, ("result\n", "note\n")), (1, ("", ""))])
+def test_only_the_first_process_prints(monkeypatch, torchrun, capsys, rank, printed):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    with joined_processes():
+        print("result")
+        print("note", file=sys.stderr)
+    assert capsys.readouterr() == printed
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
@@ -114,12 +133,7 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(tmp_path):
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )
-def test_only_what_the_processes_do_together_is_blamed_on_another(monkeypatch, error, raised):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setattr(dist, "init_process_group", lambda: None)
-    monkeypatch.setattr("signal.signal", lambda *args: None)
+def test_only_what_the_processes_do_together_is_blamed_on_another(torchrun, error, raised):
     with pytest.raises(raised) as caught, joined_processes():
         raise error
     assert caught.type is raised

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import platform
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from distributed import joined_processes
 from open_set_data import ImagesUnavailable
 from pictures import printable
 
+LARGEST = 10**9  # number that a flag takes, unless it says otherwise
+
 
 def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser that shows a script's docstring as it stands and accepts no abbreviated flags."""
@@ -23,6 +26,23 @@ def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentP
     return argparse.ArgumentParser(
         description=doc, usage=usage, formatter_class=as_it_stands, allow_abbrev=False
     )
+
+
+def number(lowest: float, highest: float = LARGEST, kind: type = int) -> Callable[[str], float]:
+    """For the `type` of a flag: whole numbers, or floats, from `lowest` to `highest`."""
+
+    def parse(text: str) -> float:
+        try:
+            value: float = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            what = "a whole number" if kind is int else "a number"
+            limits = f"{lowest:g} to {highest:,}"
+            raise argparse.ArgumentTypeError(f"{text}; expected {what}, {limits}")
+        return value
+
+    return parse
 
 
 def run(script: str, work: Callable[[], None], kept: Callable[[], str]) -> int:

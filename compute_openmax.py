@@ -33,7 +33,7 @@ from activations import (
     load_shipped,
     reconstruct,
 )
-from command_line import check_writable, make_parser, run, software_versions
+from command_line import check_writable, make_parser, number, run, software_versions
 from distributed import first_process_first, rank, split_over_processes
 from methods import (
     DHROpenMax,
@@ -77,10 +77,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="how crosr pools latents (default max, as published)")
     add("--distance", choices=DISTANCES, default="euclidean",
         help="of openmax and crosr to class means (default euclidean)")
-    add("--tail-size", type=int, default=20, metavar="N",
+    add("--tail-size", type=number(MIN_TAIL_SIZE), default=20, metavar="N",
         help="largest distances that openmax and crosr fit a Weibull to, 5 or more; a class with "
         "few images takes a quarter of them, but at least 5 (default 20)")
-    add("--alpha", type=int, default=0, metavar="N",
+    add("--alpha", type=number(0), default=0, metavar="N",
         help="top-ranked classes that openmax and crosr revise, as printed in the papers; 0 for "
         "the released code's form, all and unranked (default 0)")
     add("--json", type=Path, metavar="PATH", help="write the results there (default: no)")
@@ -92,18 +92,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="neither read nor store activations in DATA_DIR/cache (default: do)")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
-    add("--batch-size", type=int, default=250, metavar="N",
+    add("--batch-size", type=number(1), default=250, metavar="N",
         help="images sent to the device at once (default 250)")
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=number(0), default=0, metavar="N",
         help="of the random crops and the noise images (default 0)")
     add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
     # fmt: on
     args = parser.parse_args(argv)
-    limits = {"batch_size": 1, "tail_size": MIN_TAIL_SIZE, "alpha": 0, "seed": 0}
-    for name, lowest in limits.items():
-        if getattr(args, name) < lowest:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} is {getattr(args, name)}; expected at least {lowest}")
     if args.csv and not args.images:
         parser.error("--csv needs --images")
     if args.report and args.images:

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
-from command_line import check_writable, git_commit, make_parser, run, software_versions
+from command_line import check_writable, git_commit, make_parser, number, run, software_versions
 from distributed import average, bar_hidden, first_process_first, rank, replicated, world_size
 from fractals import fractals
 from methods import DHROpenMax, check_classes
@@ -89,24 +89,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="where images are found or downloaded to (default data)")
     add("--known-classes", default="", metavar="LIST",
         help="names or indices, comma-separated; the others stay unknown (default: all are known)")
-    add("--image-size", type=int, metavar="PIXELS",
+    add("--image-size", type=number(16, 1024), metavar="PIXELS",
         help="side that images are scaled and cut to, 16..1024 (default: the data set's own; "
         "32 for a folder)")
     add("--arch", choices=RECIPES,
         help="network and recipe: fast; deep, the shipped network's; vgg, the published network; "
         "tuned, which goes on from the shipped network's weights (default: tuned for a folder, "
         "otherwise fast). The recipe sets the five flags below, each of which overrides it")
-    add("--epochs", type=int, metavar="N", help="passes over the training images, 1 or more")
-    add("--batch-size", type=int, metavar="N", help="images per step, 2 or more")
-    add("--lr", type=float, metavar="RATE",
-        help="peak rate of SGD (vgg) or Muon; AdamW's rates are proportional to it; above 0")
+    add("--epochs", type=number(1), metavar="N", help="passes over the training images, 1 or more")
+    add("--batch-size", type=number(2), metavar="N", help="images per step, 2 or more")
+    add("--lr", type=number(1e-9, kind=float), metavar="RATE",
+        help="peak rate of SGD (vgg) or Muon, 1e-9 or more; AdamW's rates are proportional to it")
     add("--loss", choices=("softmax", "one-vs-rest"),
         help="cross-entropy of the softmax, as published, or of every logit's sigmoid")
-    add("--cutout", type=int, metavar="PIXELS",
+    add("--cutout", type=number(0), metavar="PIXELS",
         help="side of a grey square at a random place of each training image; 0 for none")
-    add("--reconstruction-weight", type=float, default=1.0, metavar="W",
+    add("--reconstruction-weight", type=number(0, kind=float), default=1.0, metavar="W",
         help="of the mean squared error beside the cross-entropy, 0 for none (default 1)")
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=number(0), default=0, metavar="N",
         help="of the initial weights, the batches and the augmentation (default 0)")
     add("--no-mirror", action="store_true",
         help="the mirror image of a picture is another thing, as with letters, or left and right "
@@ -119,20 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="go on from OUT.partial, with the settings stored in it; name --dataset if it moved")
     add("--dry-run", action="store_true", help="check everything, take one step, write nothing")
     # fmt: on
-    args = parser.parse_args(argv)
-    limits = {
-        "image_size": (16, 1025), "epochs": (1, 2**32), "batch_size": (2, 2**32),
-        "lr": (1e-9, 2**32), "cutout": (0, 2**32), "reconstruction_weight": (0, 2**32),
-        "seed": (0, 2**32),
-    }  # fmt: skip
-    for name, (lowest, beyond) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not lowest <= value < beyond:
-            flag = f"--{name.replace('_', '-')}"
-            of_others = f"at least {lowest}"
-            expected = {"image_size": "16..1024", "lr": "more than 0"}.get(name, of_others)
-            parser.error(f"{flag} is {value}; expected {expected}")
-    return args
+    return parser.parse_args(argv)
 
 
 def complete_settings(args: argparse.Namespace, count: int, image_size: int) -> None:

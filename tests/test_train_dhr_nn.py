@@ -89,20 +89,22 @@ def test_settings_that_do_not_fit_the_images_are_refused(monkeypatch, flags, pro
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flag", "value", "message"),
     [
-        ["--epochs", "0"],
-        ["--lr", "nan"],
-        ["--epoch", "3"],
-        ["--arch", "medium"],
-        ["--image-size", "15"],
-        ["--image-size", "1025"],
+        ("--epochs", "0", "0; expected a whole number, 1 to 1,000,000,000"),
+        ("--epochs", "1.5", "1.5; expected a whole number, 1 to 1,000,000,000"),
+        ("--lr", "nan", "nan; expected a number, 1e-09 to 1,000,000,000"),
+        ("--image-size", "15", "15; expected a whole number, 16 to 1,024"),
+        ("--image-size", "1025", "1025; expected a whole number, 16 to 1,024"),
+        ("--arch", "medium", "invalid choice"),
+        ("--epoch", "3", "unrecognized arguments"),
     ],
 )
-def test_bad_arguments_are_status_2(flags):
+def test_bad_arguments_are_status_2(capsys, flag, value, message):
     with pytest.raises(SystemExit) as caught:
-        train_dhr_nn.main(flags)
+        train_dhr_nn.main([flag, value])
     assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_training_does_not_replace_the_shipped_network_unless_told_to():

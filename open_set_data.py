@@ -6,6 +6,7 @@ or downloaded to it and checked by their MD5; `folder:PATH` is a folder of your 
 
 import hashlib
 import http.client
+import shutil
 import socket
 import sys
 import tarfile
@@ -275,6 +276,9 @@ def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
     path, make = data_dir / part.format(split=split), getattr(datasets, class_name)
     if not path.exists():
         with _downloading(name, path) as folder:
+            archive = data_dir / getattr(make, "filename", "")  # CIFAR's may be there already
+            if archive.is_file():
+                shutil.copy(archive, folder)
             make(folder, argument, download=True)
     try:
         return make(data_dir, argument)

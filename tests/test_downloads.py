@@ -217,6 +217,14 @@ def test_only_right_and_whole_downloads_count(served, tmp_path, monkeypatch, nam
     assert np.array_equal(load(name, tmp_path), images)
 
 
+def test_an_archive_that_is_there_is_unpacked_without_the_network(served, tmp_path, monkeypatch):
+    ((name, content),) = serve_edition("cifar10", served, monkeypatch).items()
+    served[1].clear()
+    (tmp_path / name).write_bytes(content)
+    assert len(load("cifar10", tmp_path)) == 120
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", name]
+
+
 @pytest.mark.parametrize("name", ["cifar10", "svhn"])
 def test_damaged_torchvision_files_say_what_to_do(served, tmp_path, monkeypatch, name):
     serve_edition(name, served, monkeypatch)

@@ -109,9 +109,12 @@ def rule():
     return fitted("dhr_openmax")
 
 
-def test_the_rule_adds_the_hazards_of_three_tests(rule):
+@pytest.mark.parametrize(("copies", "weight"), [(1, 120 / 300), (3, 1)])
+def test_the_rule_adds_the_hazards_of_three_tests(copies, weight):
     """The docstring's formula, image by image."""
-    train, val, images = make_set(0), make_set(1), make_set(2)
+    train, images = make_set(0), make_set(2)
+    val = Activations(*(np.concatenate([array] * copies) for array in make_set(1)))
+    rule = DHROpenMax().fit(train, val)
     openmax = OpenMax(distance="mahalanobis", num_logits=CLASSES)
     openmax.fit(train.vectors("max"), train.labels)
 
@@ -126,13 +129,15 @@ def test_the_rule_adds_the_hazards_of_three_tests(rule):
         return [
             -np.linalg.norm(activations.logits, axis=1),
             np.array([cosine(features, directions[label]) for features, label in pairs]),
-            distances[np.arange(120), predicted],
+            distances[np.arange(len(predicted)), predicted],
         ]
 
-    log_odds, counts = -rule.offset.item(), (120, 20, 20)
-    for of_val, of_images, count in zip(tests_of(val), tests_of(images), counts, strict=True):
+    log_odds, counts, weights = -rule.offset.item(), (120 * copies, 20, 20), (weight, 1, 1)
+    for of_val, of_images, count, times in zip(
+        tests_of(val), tests_of(images), counts, weights, strict=True
+    ):
         weibull = Weibull(*fit_tail(np.sort(of_val)[-count:]))
-        log_odds = log_odds - np.log1p(-weibull.cdf(of_images))
+        log_odds = log_odds - times * np.log1p(-weibull.cdf(of_images))
     assert rule.score(images).unknownness == pytest.approx(log_odds, abs=1e-5)
 
 

@@ -33,7 +33,6 @@ from openmax import (
 )
 
 LARGEST_LOGIT = 30  # the sigmoids of much larger ones round to 1
-FULL_EVIDENCE = 300  # validation images, from which on the evidence counts in full
 TAIL_SIZE = 20  # largest distances a Weibull is fitted to, as published; fewer of few images
 
 
@@ -119,8 +118,8 @@ class DHROpenMax(nn.Module):
 
         log odds = log(p_unknown / (1 - p_unknown)) = sum over all of -log(1 - w) - offset.
 
-    Fewer than 300 validation images come from a small set, whose networks' ||y|| says little: the
-    term of the evidence is then multiplied by their number / 300.
+    Fewer than 500 validation images come from a small set, whose networks' ||y|| says little: the
+    term of the evidence is then multiplied by their number / 500.
 
     The offset puts the accepted share of validation images at odds below 1, so that the threshold
     is 0 and p_unknown > 1/2 decides. The other probabilities are softmax(y) (1 - p_unknown): the
@@ -141,6 +140,7 @@ class DHROpenMax(nn.Module):
         offset: scalar.
     """
 
+    FULL_EVIDENCE = 500  # validation images, from which on the evidence counts in full
     BUFFERS = ("directions", "means", "whitening", "tails", "offset")
     threshold_ = 0.0
     directions: Tensor
@@ -171,7 +171,7 @@ class DHROpenMax(nn.Module):
         self._set(directions=directions, means=means, whitening=whitening(vectors))
         evidence, *others = self.statistics(*_tensors(val)).T.numpy()
         scale, shape, location = fit_tail(evidence)
-        scale *= min(1, len(evidence) / FULL_EVIDENCE) ** (-1 / shape)
+        scale *= min(1, len(evidence) / self.FULL_EVIDENCE) ** (-1 / shape)
         tails = fit_weibulls(others, self.tail_size, ["validation"] * 2)
         self._set(tails=np.column_stack([(scale, shape, location), tails]), offset=0.0)
         self._set(offset=threshold_accepting(self.score(val).unknownness))

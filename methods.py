@@ -118,8 +118,8 @@ class DHROpenMax(nn.Module):
 
         log odds = log(p_unknown / (1 - p_unknown)) = sum over all of -log(1 - w) - offset.
 
-    Fewer than 500 validation images come from a small set, whose networks' ||y|| says little: the
-    term of the evidence is then multiplied by their number / 500.
+    Networks of small sets say little by ||y||. So with fewer than 500 validation images, the term
+    of the evidence is multiplied by their number / 500.
 
     The offset puts the accepted share of validation images at odds below 1, so that the threshold
     is 0 and p_unknown > 1/2 decides. The other probabilities are softmax(y) (1 - p_unknown): the

@@ -85,6 +85,8 @@ NETWORKS = [
     Network("cifar 500", "cifar10-500", ANIMALS, seed=1),
     Network("cifar 500 ovr", "cifar10-500", ANIMALS, OVR),
     Network("cifar 500 ovr", "cifar10-500", VEHICLES_AND_HOOFED, OVR, seed=1),
+    Network("cifar 1500", "cifar10-1500", VEHICLES_AND_HOOFED),
+    Network("cifar 1500 ovr", "cifar10-1500", ANIMALS, OVR),
     Network("vgg 1500", "cifar10-1500", VEHICLES_AND_HOOFED, VGG),
     Network("deep", "cifar10-3000", ANIMALS, DEEP, seed=1),
 ]

@@ -258,6 +258,17 @@ def regret(figures: Figures) -> dict[str, float]:
     }
 
 
+def regret_of_variants(variants: Figures, figures: Figures) -> dict[str, float]:
+    """The regret that the rule would have, were it one of its variants."""
+    return {
+        name: regret({
+            task: methods | {"dhr_openmax": variants[task][name]}
+            for task, methods in figures.items()
+        })["dhr_openmax"]
+        for name in next(iter(variants.values()))
+    }  # fmt: skip
+
+
 def print_tasks(figures: Figures, metric: str, title: str) -> None:
     """One row per task, one column per method, in %."""
     names = list(next(iter(figures.values())))
@@ -359,12 +370,15 @@ def main(argv: list[str] | None = None) -> None:
     of_settings, of_variants = compare(networks, settings), compare(networks, variants)
     print_means(of_settings, "published methods, both forms")
     print_means(of_variants, "parts of dhr_openmax")
+    regrets = regret_of_variants(of_variants, figures)
+    print("regret in %:", ", ".join(f"{name} {100 * each:.1f}" for name, each in regrets.items()))
     if args.json:
         results = {
             "tasks": figures,
             "regret": regret(figures),
             "settings": means(of_settings),
             "variants": means(of_variants),
+            "regret_of_variants": regrets,
         }
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

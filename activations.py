@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distributed import average, bar_hidden, rank
+from distributed import average, rank
 from models import DHRNet, load_checkpoint, replace_file
 from open_set_data import ImagesUnavailable
 from pictures import ImageSet
@@ -126,7 +126,7 @@ def extract(
     """
     device, count = network.mean.device, len(images.labels)
     arrays = [np.empty((count, width), np.float32) for width in network.widths]
-    starts, hidden = range(0, count, batch_size), title is None or bar_hidden()
+    starts, hidden = range(0, count, batch_size), title is None or None  # None: tqdm decides
     for start in tqdm(starts, title, unit="batch", leave=False, disable=hidden):
         rows = slice(start, start + batch_size)
         batch = torch.from_numpy(images.images[rows]).to(device)

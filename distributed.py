@@ -64,11 +64,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def bar_hidden() -> bool | None:
-    """For tqdm's `disable`: process 0 shows progress bars, on a terminal (None: tqdm decides)."""
-    return True if rank() else None
-
-
 def first_process_first(read: Callable[[], T]) -> T:
     """Call `read`, which may download, in process 0 before the others."""
     if rank():

@@ -9,8 +9,6 @@ from functools import cache
 import numpy as np
 from tqdm import tqdm
 
-from distributed import bar_hidden
-
 MAX_PIXELS, MAX_COUNT = 2**21, 2000  # of all pictures together
 POINTS, SKIPPED_TURNS, DRAWN_TURNS = 1000, 10, 30  # of each picture
 
@@ -20,7 +18,7 @@ def fractals(size: int, channels: int) -> np.ndarray:
     """Pictures [P, size, size, channels] uint8, the same in every call: 2,000, or fewer of more
     than 32x32 pixels."""
     rng, count = np.random.default_rng(0), min(MAX_COUNT, MAX_PIXELS // size**2)
-    bar = tqdm(range(count), "fractals", unit="img", leave=False, disable=bar_hidden())
+    bar = tqdm(range(count), "fractals", unit="img", leave=False, disable=None)
     return np.stack([fractal(size, channels, rng) for _ in bar])
 
 

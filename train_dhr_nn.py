@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from activations import autocast, extract, keep_freed_memory, number_format, prepare_device
 from command_line import check_writable, git_commit, make_parser, number, run, software_versions
-from distributed import average, bar_hidden, first_process_first, rank, replicated, world_size
+from distributed import average, first_process_first, rank, replicated, world_size
 from fractals import fractals
 from methods import DHROpenMax, check_classes
 from models import NETWORK_KEYS, DHRNet, load_checkpoint, replace_file, save_checkpoint
@@ -300,8 +300,7 @@ def train(
         start, history = time.perf_counter(), []
         network.train()
         drawn = batches_of(args, network, images, labels, epoch)
-        title, hidden = f"epoch {epoch + 1}", bar_hidden()
-        bar = tqdm(drawn, title, steps, unit="step", leave=False, disable=hidden)
+        bar = tqdm(drawn, f"epoch {epoch + 1}", steps, unit="step", leave=False, disable=None)
         for step, (batch, target) in enumerate(bar, epoch * steps):
             if averaged and step == cycle.stop:
                 network.load_state_dict(averaged.module.state_dict())

@@ -17,7 +17,7 @@ from distributed import joined_processes
 from open_set_data import ImagesUnavailable
 from pictures import printable
 
-LARGEST = 10**9  # number that a flag takes, unless it says otherwise
+LARGEST = 2**32 - 1  # number that a flag takes, unless it says otherwise
 
 
 def make_parser(doc: str | None, usage: str | None = None) -> argparse.ArgumentParser:

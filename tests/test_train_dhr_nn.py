@@ -91,9 +91,9 @@ def test_settings_that_do_not_fit_the_images_are_refused(monkeypatch, flags, pro
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--epochs", "0", "0; expected a whole number, 1 to 1,000,000,000"),
-        ("--epochs", "1.5", "1.5; expected a whole number, 1 to 1,000,000,000"),
-        ("--lr", "nan", "nan; expected a number, 1e-09 to 1,000,000,000"),
+        ("--epochs", "0", "0; expected a whole number, 1 to 4,294,967,295"),
+        ("--epochs", "1.5", "1.5; expected a whole number, 1 to 4,294,967,295"),
+        ("--lr", "nan", "nan; expected a number, 1e-09 to 4,294,967,295"),
         ("--image-size", "15", "15; expected a whole number, 16 to 1,024"),
         ("--image-size", "1025", "1025; expected a whole number, 16 to 1,024"),
         ("--arch", "medium", "invalid choice"),

@@ -1,6 +1,6 @@
 """Compare the open-set methods on many small tasks, none of them a reported one.
 
-    python benchmarks/zoo.py            # fit and compare all methods on stored activations; seconds
+    python benchmarks/zoo.py            # fit and compare all methods on stored activations; minutes
     python benchmarks/zoo.py --make     # first train what is missing, and store its activations
     python benchmarks/zoo.py --make "photos 4" "photos 4 tuned"    # some of the networks
 

@@ -94,9 +94,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="auto, cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
     add("--batch-size", type=number(1), default=250, metavar="N",
         help="images sent to the device at once (default 250)")
-    add("--seed", type=number(0), default=0, metavar="N",
-        help="of the random crops and the noise images (default 0)")
-    add("--dry-run", action="store_true", help="check the checkpoint and find the images, no more")
     # fmt: on
     args = parser.parse_args(argv)
     if args.csv and not args.images:
@@ -129,9 +126,7 @@ def classify_images(args: argparse.Namespace) -> None:
         )
     rule, classes = stored_rule(network, checkpoint), checkpoint["known_classes"]
     files = image_files(args.images)
-    if args.dry_run:
-        print(f"{len(files):,} files")
-    if args.dry_run or rank():
+    if rank():
         return
     print(f"\n{'prediction':16}{'probability':>12}  {'nearest class':16}image")
     rows: list[dict[str, Any]] = []
@@ -202,10 +197,6 @@ def evaluate(args: argparse.Namespace) -> None:
         unknown = unknown_names(args, checkpoint)
         image_sets, sets = find_sets(args, checkpoint, unknown, sha256)
         keep_freed_memory()
-    if args.dry_run:
-        for name, found in (sets or image_sets).items():
-            print(f"{name}: {len(found.labels):,} images")
-        return
     with timed(seconds, "extract"):
         for name, images in image_sets.items():
             sets[name] = extract_or_load(args, network, sha256, name, images)
@@ -300,7 +291,7 @@ def find_sets(
     """The image sets; or, where one of them is neither on disk nor can be downloaded, the
     activations that ship with the checkpoint. One of the two dicts is empty."""
     dataset = args.dataset or checkpoint["train_args"]["dataset"]
-    load = partial(load_image_sets, checkpoint, dataset, unknown, args.data_dir, args.seed)
+    load = partial(load_image_sets, checkpoint, dataset, unknown, args.data_dir)
     try:
         return first_process_first(load), {}
     except ImagesUnavailable as error:
@@ -360,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         outputs = [args.json, args.csv]
-        if args.report and not args.dry_run:
+        if args.report:
             args.report.mkdir(parents=True, exist_ok=True)
             outputs.append(args.report / "report.html")
         for path in filter(None, outputs):

@@ -31,7 +31,7 @@ HELD_OUT_CLASSES = "held-out-classes"  # test images of the data set's own class
 VAL_PER_CLASS = 250  # of a named set, val holds this many training images of each class,
 VAL_SHARE = 0.1  # but at most this share of them
 TEST_SHARE = 0.2  # of a named set that has no test split of its own
-SPLIT_SEED = 0  # val is the same for every training seed
+SEED = 0  # of val, random patches and noise: each is the same in every run
 NOISE_COUNT = 10_000
 FOLDER_IMAGE_SIZE = 32  # that of the network that training on a folder starts from
 PATIENCE = 60  # seconds a server may be silent
@@ -110,18 +110,16 @@ def load_known(
     return KnownData(known_names, train, val, _relabel(test, known), unknown)
 
 
-def load_unknown(
-    name: str, data_dir: Path, image_size: int, channels: int = 3, seed: int = 0
-) -> np.ndarray:
+def load_unknown(name: str, data_dir: Path, image_size: int, channels: int = 3) -> np.ndarray:
     """Load an image set of unknown classes, [N, image_size, image_size, channels] uint8.
 
-    `*-crop` sets are random patches, all others are brought to size as in `fit_to`.
+    `*-crop` sets are random patches, the same in every call. All others are brought to size as in
+    `fit_to`.
 
     Args:
         name: one of `UNKNOWN_SETS`, or `folder:PATH` for any folder of images.
         data_dir: where named sets lie or are downloaded to.
         image_size: pixels the network expects, as it does `channels`, 1 or 3.
-        seed: of the crop offsets and the noise: the same seed gives the same bytes.
 
     Raises:
         ImagesUnavailable, ValueError: as in `load_known`, or patches larger than the images.
@@ -132,7 +130,7 @@ def load_unknown(
         if not len(images):
             raise ValueError(f"{folder}: no readable image; expected at least one")
     elif name in UNKNOWN_SETS:
-        images = _read_unknown(name, data_dir, image_size, seed)
+        images = _read_unknown(name, data_dir, image_size)
     else:
         raise ValueError(f"unknown set {name!r} is none of {', '.join(UNKNOWN_SETS)}, folder:PATH")
     return fit_to(images, image_size, channels)
@@ -144,11 +142,7 @@ def as_unknown(images: np.ndarray) -> ImageSet:
 
 
 def load_image_sets(
-    checkpoint: Mapping[str, Any],
-    dataset: str,
-    unknown: Sequence[str],
-    data_dir: Path,
-    seed: int = 0,
+    checkpoint: Mapping[str, Any], dataset: str, unknown: Sequence[str], data_dir: Path
 ) -> dict[str, ImageSet]:
     """Load `train`, `val` and `test_known` of a checkpoint's classes, and the named unknown sets.
 
@@ -156,7 +150,7 @@ def load_image_sets(
         checkpoint: of `models.load_checkpoint`.
         dataset: where its known images are, as for `load_known`.
         unknown: each as for `load_unknown`, or `HELD_OUT_CLASSES`.
-        data_dir, seed: as for `load_unknown`.
+        data_dir: as for `load_known`.
 
     Raises:
         ImagesUnavailable, ValueError: as in `load_known`; no classes are held out.
@@ -172,7 +166,7 @@ def load_image_sets(
             if not len(images):
                 raise ValueError("no classes are held out; name unknown images with --unknown")
         else:
-            images = load_unknown(name, data_dir, size, channels, seed)
+            images = load_unknown(name, data_dir, size, channels)
             if name.startswith("folder:"):
                 _warn_of_known_images(name, images, data)
         sets[name] = as_unknown(images)
@@ -288,8 +282,8 @@ def _torchvision_dataset(name: str, data_dir: Path, split: str) -> Any:
         raise ImagesUnavailable(f"{path} is damaged: remove it to download it again") from error
 
 
-def _read_unknown(name: str, data_dir: Path, image_size: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
+def _read_unknown(name: str, data_dir: Path, image_size: int) -> np.ndarray:
+    rng = np.random.default_rng(SEED)
     shape = (NOISE_COUNT, image_size, image_size, 3)
     if name == "uniform-noise":
         return rng.integers(0, 256, shape, dtype=np.uint8)
@@ -398,7 +392,7 @@ def _relabel(images: ImageSet, known: Sequence[int]) -> ImageSet:
 
 def _split(images: ImageSet, count_of: Callable[[int], int]) -> tuple[ImageSet, ImageSet]:
     """Take count_of(n) random images of each class of n out, always the same ones."""
-    rng = np.random.default_rng(SPLIT_SEED)
+    rng = np.random.default_rng(SEED)
     mask = np.zeros(len(images.labels), bool)
     for label in np.unique(images.labels):
         members = np.flatnonzero(images.labels == label)

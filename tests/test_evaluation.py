@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -338,7 +337,6 @@ def test_what_a_person_can_mend_is_one_line_before_any_extraction(
         ["--tail-size", "4"],
         ["--alpha", "-1"],
         ["--batch-size", "0"],
-        ["--seed", "-1"],
         ["--images", "a.jpg", "--report", "page"],
         ["--latents", "median"],
         ["--csv", "rows.csv"],
@@ -374,15 +372,6 @@ def test_ctrl_c_says_where_the_finished_sets_are(
     assert error_line() == f"stopped; finished image sets are in {tmp_path / 'cache'}"
     assert evaluate(digits_net, "--no-cache") == 130
     assert error_line() == "stopped; nothing was stored"
-
-
-def test_dry_run_finds_the_images_and_writes_nothing(evaluate, digits_net, tmp_path, capsys):
-    outputs = ["--json", tmp_path / "results.json", "--report", tmp_path / "report"]
-    assert evaluate(digits_net, "--dry-run", *outputs) == 0
-    assert not os.listdir(tmp_path)
-    text = capsys.readouterr().out
-    assert "train: 783 images" in text
-    assert "held-out-classes: " in text
 
 
 def test_a_folder_named_like_the_known_one_is_another_set():

@@ -86,11 +86,11 @@ def test_missing_set_without_network_says_what_to_do(tmp_path, monkeypatch, name
 
 
 @pytest.mark.parametrize("name", ["gaussian-noise", "uniform-noise"])
-def test_noise_comes_from_the_seed(tmp_path, name):
-    first = load_unknown(name, tmp_path, 8)
-    assert first.shape == (10_000, 8, 8, 3)
-    assert np.array_equal(first, load_unknown(name, tmp_path, 8))
-    assert not np.array_equal(first, load_unknown(name, tmp_path, 8, seed=1))
+def test_noise_is_the_same_in_every_call(tmp_path, name):
+    noise = load_unknown(name, tmp_path, 8)
+    assert noise.shape == (10_000, 8, 8, 3)
+    assert np.array_equal(noise, load_unknown(name, tmp_path, 8))
+    assert len(np.unique(noise)) == 256
 
 
 def test_cifar100_is_read_from_folders_where_torchvisions_files_are_not_there(tmp_path):
@@ -118,7 +118,6 @@ def test_tiny_imagenet_crops_are_patches_from_a_fixed_seed(tmp_path):
     crops = load_unknown("tiny-imagenet-crop", tmp_path, 32)
     assert crops.shape == (5, 32, 32, 3)
     assert np.array_equal(crops, load_unknown("tiny-imagenet-crop", tmp_path, 32))
-    assert not np.array_equal(crops, load_unknown("tiny-imagenet-crop", tmp_path, 32, seed=1))
     for crop, file in zip(crops, sorted(folder.iterdir()), strict=True):
         whole = np.asarray(Image.open(file))
         windows = np.lib.stride_tricks.sliding_window_view(whole, (32, 32, 3))

@@ -55,7 +55,7 @@ OVR, DEEP = "--loss one-vs-rest", "--arch deep --epochs 20"
 VGG = "--arch vgg --epochs 12"
 FRESH, TUNED = "--image-size 64", "--arch tuned"
 Networks = dict[str, dict[str, Activations]]  # the sets of each network
-Figures = dict[str, dict[str, dict[str, float]]]  # of each task, method and metric
+Figures = dict[str, dict[str, dict[str, Any]]]  # of each task, method and metric
 
 
 class Network(NamedTuple):
@@ -208,7 +208,8 @@ def load_for_tests() -> Networks:
 
 
 def compare(networks: Networks, build: Callable[[int], dict[str, Any]]) -> Figures:
-    """All metrics of every method on every task, averaged over the task's networks.
+    """All metrics of every method on every task, averaged over the task's networks, and `aurocs`,
+    that of each network.
 
     Args:
         networks: the stored sets of each.
@@ -230,6 +231,7 @@ def compare(networks: Networks, build: Callable[[int], dict[str, Any]]) -> Figur
     return {
         task: {
             name: {key: statistics.fmean(run[key] for run in each) for key in each[0]}
+            | {"aurocs": [run["auroc"] for run in each]}
             for name, each in methods.items()
         }
         for task, methods in runs.items()

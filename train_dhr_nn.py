@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names or indices, comma-separated; the others stay unknown (default: all are known)")
     add("--image-size", type=number(16, 1024), metavar="PIXELS",
         help="side that images are scaled and cut to, 16..1024 (default: the data set's own; "
-        "32 for a folder)")
+        "48 for a folder)")
     add("--arch", choices=RECIPES,
         help="network and recipe: fast; deep, the shipped network's; vgg, the published network; "
         "tuned, which goes on from the shipped network's weights (default: tuned for a folder, "

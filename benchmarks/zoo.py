@@ -76,9 +76,9 @@ NETWORKS = [
     *(Network("photos 4", "photos", "4", FRESH, seed) for seed in range(6)),
     *(Network("photos 8", "photos", "8", FRESH, seed) for seed in range(6)),
     *(Network("photos 12", "photos", "12", FRESH, seed) for seed in range(6)),
-    *(Network("photos 4 tuned", "photos", "4", TUNED, seed) for seed in range(8)),
-    *(Network("photos 8 tuned", "photos", "8", TUNED, seed) for seed in range(8)),
-    *(Network("photos 12 tuned", "photos", "12", TUNED, seed) for seed in range(8)),
+    *(Network("photos 4 tuned", "photos", "4", TUNED, seed) for seed in range(6)),
+    *(Network("photos 8 tuned", "photos", "8", TUNED, seed) for seed in range(6)),
+    *(Network("photos 12 tuned", "photos", "12", TUNED, seed) for seed in range(6)),
     Network("cifar 100", "cifar10-100", VEHICLES_AND_HOOFED),
     Network("cifar 100 ovr", "cifar10-100", ANIMALS, OVR),
     Network("cifar 500", "cifar10-500", VEHICLES_AND_HOOFED),
@@ -151,6 +151,7 @@ def make(network: Network, out: Path) -> None:
     checkpoint = path.with_suffix(".pt")
     if not checkpoint.exists():
         flags = ["--dataset", dataset, "--known-classes", known, "--arch", "fast"]
+        flags += ["--image-size", "32"] * network.dataset.startswith("cifar10")
         flags += [*network.flags.split(), "--seed", str(network.seed), "--out", str(checkpoint)]
         flags += ["--resume"] * Path(f"{checkpoint}.partial").exists()
         subprocess.run([sys.executable, str(ROOT / "train_dhr_nn.py"), *flags], check=True)

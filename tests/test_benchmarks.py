@@ -60,7 +60,9 @@ def test_a_split_is_measured_on_the_classes_left_out(digits_net, tmp_path):
     figures = splits.measure(digits_net, tmp_path, "cpu")
     assert list(figures) == ["accuracy", "msp", "max_logit", "openmax", "crosr", "dhr_openmax"]
     assert figures["accuracy"]["closed_set"] > 0.8
-    assert figures["dhr_openmax"]["oscr"] <= figures["dhr_openmax"]["auroc"] > 0.8
+    oscr, auroc = (figures["dhr_openmax"][metric] for metric in ("oscr", "auroc"))
+    assert oscr <= auroc + 1e-9  # the same where all are named right
+    assert auroc > 0.8
 
 
 def test_unknown_images_of_a_split_are_brought_to_the_networks_channels(digits_net, tmp_path):

@@ -190,7 +190,7 @@ def make_classes(root, names=("cat", "dog"), count=60, first=0):
 def test_class_folders_become_classes_with_a_fifth_each_for_val_and_test(tmp_path):
     data = load_known(make_classes(tmp_path, ("bus", "train"), count=500), tmp_path)
     assert data.classes == ("bus", "train")  # a class may be called like a split
-    assert data.train.images.shape[1:] == (32, 32, 3)
+    assert data.train.images.shape[1:] == (48, 48, 3)
     assert sum(counts(data)) == 1000
     assert counts(data) == pytest.approx([600, 200, 200], abs=60)
 

@@ -429,6 +429,9 @@ def test_transcript_of_own_pictures_is_the_recorded_one():
     shown = section.split("```")[1].strip().splitlines()
     recorded = (RESULTS / "photos.txt").read_text().splitlines()
     assert [line for line in shown if line != "..." and line not in recorded] == []
+    answers = [line.split()[0] for line in recorded if "my/other/gondola/IMG_" in line]
+    claim = f"It calls {answers.count('unknown')} of {len(answers)} gondolas unknown"
+    assert claim in " ".join(section.split())
 
 
 @pytest.mark.parametrize(

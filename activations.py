@@ -126,7 +126,8 @@ def extract(
     """
     device, count = network.mean.device, len(images.labels)
     arrays = [np.empty((count, width), np.float32) for width in network.widths]
-    starts, hidden = range(0, count, batch_size), title is None or None  # None: tqdm decides
+    starts = range(0, count, batch_size)
+    hidden = True if title is None else None  # with None, tqdm decides
     for start in tqdm(starts, title, unit="batch", leave=False, disable=hidden):
         rows = slice(start, start + batch_size)
         batch = torch.from_numpy(images.images[rows]).to(device)

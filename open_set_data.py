@@ -33,7 +33,7 @@ VAL_SHARE = 0.1  # but at most this share of them
 TEST_SHARE = 0.2  # of a named set that has no test split of its own
 SEED = 0  # of val, random patches and noise: each is the same in every run
 NOISE_COUNT = 10_000
-FOLDER_IMAGE_SIZE = 48  # names more photographs right than the shipped network's 32, see benchmarks
+FOLDER_IMAGE_SIZE = 48  # more photographs are named right than at 32, the shipped network's size
 PATIENCE = 60  # seconds a server may be silent
 
 TORCHVISION = {  # name: (torchvision's class, what it leaves in the data folder)

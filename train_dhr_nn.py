@@ -358,8 +358,9 @@ def prepare_and_train(args: argparse.Namespace, partial: Path) -> None:
     device = prepare_device(args.device)
 
     # Images
+    pixels = network.config["image_size"] if args.resume else args.image_size
     data = first_process_first(
-        lambda: load_known(args.dataset, args.data_dir, args.known_classes, args.image_size)
+        lambda: load_known(args.dataset, args.data_dir, args.known_classes, pixels)
     )
     print(describe(data))
     count, size = data.train.images.shape[:2]

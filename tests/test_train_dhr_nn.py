@@ -288,6 +288,17 @@ def test_resume_says_that_images_have_changed_and_goes_on(resume_photos, photos,
     assert stored["dataset"] == f"folder:{photos}"
 
 
+def test_resume_takes_pictures_of_the_size_that_the_network_knows(resume_photos, photos, capsys):
+    partial = photos.parent / "net.pt.partial"
+    run = torch.load(partial, weights_only=True)
+    run["train_args"]["image_size"] = None  # the default, which was another one then
+    torch.save(run, partial)
+    assert resume_photos() == 0
+    printed = capsys.readouterr()
+    assert "test images of 16x16 pixels" in printed.out
+    assert "images have changed" not in printed.err
+
+
 def test_resume_names_the_classes_that_have_changed(resume_photos, photos, error_line):
     (photos / "one").rename(photos / "two")
     assert resume_photos() == 1
